@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from finetune.data.channels.bands import read_bands
 from finetune.data.channels.depth import FULL, Values, find_range, measure_values
 from finetune.data.decode import BadImageError, decode_image, probe_image, read_spread
 from tests.data.tiffs import write_tiff
@@ -86,6 +87,45 @@ def test_16_bit_grey_with_alpha_lies_over_white(tmp_path: Path) -> None:
     found = np.asarray(decode_image(save_wide_png(tmp_path / "x.png", pixels), value_range=(0.0, 4095.0)))
     assert found[0, 0].tolist() == [255, 255, 255]
     assert np.abs(found[1:, :, 0] - pixels[1:, :, 0] / 4095 * 255).max() <= 0.51
+
+
+@pytest.mark.parametrize("kind", ["grey png", "png", "tif", "multiplied tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_of_16_bits_lie_over_white_as_those_of_8_do(
+    tmp_path: Path, kind: str, channels: int
+) -> None:
+    """The reference is the same image with 8 bits, laid over white by Pillow's arithmetic."""
+    generator = np.random.default_rng(0)
+    colours = generator.integers(0, 65536, (8, 9, 1 if kind == "grey png" else 3), dtype=np.uint16)
+    opacity = generator.integers(0, 65536, (8, 9, 1), dtype=np.uint16)
+    opacity[0, 0], opacity[1, 1] = 0, 65535
+    stored = colours
+    if kind == "multiplied tif":
+        stored = (colours * (opacity / 65535)).round().astype(np.uint16)
+    pixels = np.concatenate([stored, opacity], axis=-1)
+    if kind.endswith("png"):
+        path = save_wide_png(tmp_path / "deep.png", pixels)
+    else:
+        path = write_tiff(tmp_path / "deep.tif", pixels, extra=(1 if kind == "multiplied tif" else 2,))
+    found = read_bands(path, channels)
+    assert (found[:, 0, 0] == 65535).all()
+    small = np.concatenate([colours.repeat(3 // colours.shape[2], axis=2), opacity], axis=-1) / 257
+    Image.fromarray(small.round().astype(np.uint8), "RGBA").save(tmp_path / "small.png")
+    expected = read_bands(tmp_path / "small.png", channels) * 257
+    assert np.abs(found - expected).max() < 400  # 1.5 levels of 8 bits
+    exact = 65535 - (65535 - colours.astype(float)) * (opacity / 65535)
+    if channels == 3 or kind == "grey png":
+        assert np.abs(found - exact.transpose(2, 0, 1)).max() < 1
+
+
+def test_colours_that_are_multiplied_by_their_opacity_are_divided_by_it(tmp_path: Path) -> None:
+    opacity = np.full((8, 9, 1), 30_000, np.uint16)
+    colours = np.random.default_rng(0).integers(0, 65536, (8, 9, 3), dtype=np.uint16)
+    stored = (colours * (opacity / 65535)).round().astype(np.uint16)
+    path = write_tiff(tmp_path / "x.tif", np.concatenate([stored, opacity], axis=-1), extra=(1,))
+    spread = read_spread(path)
+    assert spread is not None
+    assert (spread.smallest, spread.largest) == pytest.approx((colours.min(), colours.max()), abs=2)
 
 
 def test_full_16_bits_are_the_same_bits_as_before(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def _read_pixels(path: Path) -> NDArray[Any]:
     """Return the numbers of an image file, (H, W) or (H, W, 3), upright."""
     with open_image(path) as (image, file):
         if is_deep(image):
-            pixels = read_values(image, file)
+            pixels = read_values(image, file, over_white=True)
             turn = find_turn(image)
             return turn_pixels(pixels, turn)
     return np.asarray(decode_image(path))

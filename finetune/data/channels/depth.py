@@ -25,6 +25,7 @@ ValueRange = tuple[float, float]
 """The values that become 0 and 255; others are clipped."""
 FULL: ValueRange = (0.0, 65535.0)
 """Range of 16-bit files."""
+_WHITE = FULL[1]
 _TAIL = 0.001
 """Share of the darkest and of the brightest pixels of an image that may be outliers (hot pixels)."""
 _MOST_LOSS = 2.0
@@ -80,25 +81,43 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode == "F" or image.mode.startswith("I") or _raw_mode(image) is not None
 
 
-def read_values(image: Image.Image, file: BinaryIO) -> NDArray[Any]:
+def read_values(image: Image.Image, file: BinaryIO, over_white: bool = False) -> NDArray[Any]:
     """Return the values of a deep image: (H, W) greys or (H, W, 3), in the orientation of the file.
 
     Args:
         image: open; its pixels are loaded.
         file: the file that it was opened from.
+        over_white: lay transparent pixels over 65535, as those of 8 bits lie over white, since the colours
+            under them are undefined; False returns the colours alone.
     """
     raw = _raw_mode(image)
     if raw is None:
         image.load()
         return np.asarray(image)
+    values = _read_wide(image, file, raw)
+    if "A" not in image.getbands():
+        return values
+    colours, opacity = values[..., :-1], values[..., -1:]
+    is_multiplied = raw.startswith("RGBa")
+    if over_white and (opacity < _WHITE).any():
+        share = 1.0 if is_multiplied else opacity / _WHITE
+        colours = colours * share + (_WHITE - opacity)
+    elif is_multiplied:
+        colours = np.minimum(colours / np.maximum(opacity / _WHITE, 1 / _WHITE), _WHITE)
+    return colours[..., 0] if colours.shape[2] == 1 else colours
+
+
+def _read_wide(image: Image.Image, file: BinaryIO, raw: str) -> NDArray[Any]:
+    """Return all channels of an image of 16 bits each as stored, (H, W, C), the transparency last."""
     if raw == "LA;16B":  # no unpacker gives its low bytes, but its four bytes can be read as four channels
-        pixels = _reread(image, file, "RGBA").astype(np.uint16)
-        return pixels[..., 0] << 8 | pixels[..., 1]
+        pairs = _reread(image, file, "RGBA").astype(np.uint16)
+        return pairs[..., 0::2] << 8 | pairs[..., 1::2]
     image.load()
-    high = np.asarray(image)[..., :3].astype(np.uint16)
     # The unpacker for the other byte order takes the low byte where this one takes the high byte.
-    other = raw.replace(";16L", ";16B") if ";16L" in raw else raw.replace(";16B", ";16L")
-    return high << 8 | _reread(image, file, other)[..., :3]
+    stored = raw.replace("RGBa", "RGBA")  # the other one divides by the transparency
+    other = stored.replace(";16L", ";16B") if ";16L" in stored else stored.replace(";16B", ";16L")
+    high = np.asarray(image) if stored == raw else _reread(image, file, stored)
+    return high.astype(np.uint16) << 8 | _reread(image, file, other)
 
 
 def _raw_mode(image: Image.Image) -> str | None:
