@@ -42,7 +42,7 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 PER_BLOCK = 32
 """Images per block. A killed process loses at most the two blocks that it was decoding."""
-_FORMAT = 1
+_FORMAT = 2
 """Format version; raised with every change of the cached pixels, including those of ``decode_image``."""
 _MEASURED = 1_000
 """Number of images whose headers are read to estimate the size of all."""

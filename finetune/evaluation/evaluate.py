@@ -15,6 +15,7 @@ from typing import Any
 
 from finetune import __version__
 from finetune.data.channels.bands import check_takes
+from finetune.data.channels.other_values import TRIED, describe_other_values
 from finetune.data.dataset import describe_images
 from finetune.data.inputs import EvalSplit
 from finetune.data.prepare import check_outside
@@ -121,6 +122,10 @@ def evaluate_models(
         check_takes(model.predictor.card, eval_set.dataset)
     dataset = eval_set.dataset
     check_outside(request.output, dataset)
+    some = [dataset.file(sample) for sample in dataset.samples[:: -(-len(dataset.samples) // TRIED)]]
+    for model in models:
+        if said := describe_other_values(model.predictor.card.preprocessing, some):
+            display.warn(said)
     is_allowed = request.allow_leaks or request.split in ("train", "all")
     overlap = find_overlap(models, eval_set, is_allowed, display)
     with new_folder(request.output) as path:

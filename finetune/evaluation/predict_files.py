@@ -31,6 +31,7 @@ from finetune.evaluation.prediction_inputs import (
     list_inputs,
     no_images,
     open_input,
+    warn_of_values,
 )
 from finetune.evaluation.prediction_rows import Fingerprint, PredictionProgress, PredictionRows, find_format
 from finetune.evaluation.predictor import BatchResult, Predictor, load, split_batches
@@ -217,6 +218,7 @@ class _Table:
             return None
         check_free(output)
         self.inputs, self.total = list_inputs(self.inputs, self.display)
+        warn_of_values(self.predictor, self.inputs, self.total, self.display)
         create_folder(output.parent)
         self._writer = files.enter_context(open_writer(output, facts))
         self._left = self._resume()

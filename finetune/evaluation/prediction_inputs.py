@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
+from finetune.data.channels.other_values import TRIED, describe_other_values
 from finetune.data.decode import BadImageError
 from finetune.data.inputs import InputImage, InputImages, find_inputs
 from finetune.data.layout import extensions
@@ -75,6 +77,23 @@ def list_inputs(inputs: InputImages, display: Display) -> tuple[InputImages, int
     if left_out := str(inputs.left_out):
         display.warn(left_out)
     return replace(inputs, open=lambda: _read_list(listed)), number
+
+
+def warn_of_values(predictor: Predictor, inputs: InputImages, number: int | None, display: Display) -> None:
+    """Warn if the images hold other numbers than the model was trained on; some of them are looked at.
+
+    Args:
+        predictor: the model.
+        inputs: the images.
+        number: how many there are; None for a stream, which can only be read once and is not looked at.
+        display: shows the warning.
+    """
+    if number is None:
+        return
+    chosen = islice(inputs.open(), 0, None, -(-number // TRIED))
+    files = [image.file for image in chosen if not image.fault]
+    if said := describe_other_values(predictor.card.preprocessing, files):
+        display.warn(said)
 
 
 def _read_list(listed: IO[str]) -> Iterator[InputImage]:

@@ -130,6 +130,24 @@ def test_every_explanation_draws_on_grey(
     assert list((tmp_path / "out").glob("*.png"))
 
 
+def test_images_of_other_depth_than_the_models_are_said(
+    cli: Cli, grey: Path, stripes: Path, tmp_path: Path
+) -> None:
+    shallow = tmp_path / "shallow" / "across"
+    shallow.mkdir(parents=True)
+    for index, path in enumerate(sorted((stripes / "val" / "across").iterdir())[:4]):
+        levels = np.asarray(Image.open(path)) // STEP
+        Image.fromarray(levels.astype(np.uint8)).save(shallow / f"{index}.png")
+    said = "these images of 8 bits hold numbers from 0 to 255, and those that the model was trained on"
+    told = cli("predict", grey, shallow, "-o", tmp_path / "shallow.csv")
+    assert told.exit_code == 0 and said in " ".join(told.stderr.split()), told.stderr
+    told = cli("evaluate", grey, "-d", tmp_path / "shallow", "-o", tmp_path / "shallow-metrics")
+    assert told.exit_code == 0 and said in " ".join(told.stderr.split()), told.stderr
+    for words in (("predict", grey, stripes / "val"), ("evaluate", grey)):
+        told = cli(*words, "-o", tmp_path / f"{words[0]}-own.csv")
+        assert told.exit_code == 0 and "hold numbers from" not in told.stderr
+
+
 @pytest.mark.slow
 def test_the_service_predicts_pixels_files_and_arrays(grey: Path, stripes: Path, tmp_path: Path) -> None:
     """As its process for a model does."""
