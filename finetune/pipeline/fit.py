@@ -207,7 +207,9 @@ def _build_trainer(context: FitContext, loaders: DataLoaders) -> Trainer:
     precision = settings.precision
     train = loaders.batches["train"]
     labels, weights = dataset.encode(dataset.of("train")), settings.class_weights
-    loss = dataset.target.build_loss(labels, dataset.num_classes, weights, settings.label_smoothing)
+    loss = dataset.target.build_loss(
+        labels, dataset.num_classes, weights, settings.label_smoothing, settings.huber_delta
+    )
     task = Task(
         setup.backbone.network,
         setup.plan,

@@ -39,7 +39,8 @@ def check_target(recipe: Recipe, dataset: Dataset) -> None:
     """Refuse settings that the labels do not have.
 
     Raises:
-        UsageError: classes are weighted, smoothed or mixed, and labels are numbers.
+        UsageError: classes are weighted, smoothed or mixed, and labels are numbers; or the Huber loss is
+            asked for, and labels are classes or a solver has its own loss.
     """
     training, target = recipe.training, dataset.target
     asked = {
@@ -51,6 +52,13 @@ def check_target(recipe: Recipe, dataset: Dataset) -> None:
     key = next((key for key, is_set in asked.items() if is_set), None)
     if key is not None and not target.has_classes:
         raise UsageError(key, "labels are numbers, and have no classes", "Leave it out.")
+    if training.huber_delta is None:
+        return
+    if target.has_classes:
+        raise UsageError("training.huber_delta", "labels are classes, and no numbers", "Leave it out.")
+    if recipe.strategy.features is not None:
+        found = "strategy.features solves ridge regression, which squares every error"
+        raise UsageError("training.huber_delta", found, "Drop one of the two.")
 
 
 def limit_augmentation(recipe: Recipe, card: Card, display: Display) -> Recipe:

@@ -152,7 +152,7 @@ def _task(
 ) -> Task:
     settings = setup.recipe.training
     loss = train.target.build_loss(
-        train.labels, num_classes, settings.class_weights, settings.label_smoothing
+        train.labels, num_classes, settings.class_weights, settings.label_smoothing, settings.huber_delta
     )
     loss = loss.to(setup.placement.device)
     return Task(

@@ -40,6 +40,7 @@ _SYNONYMS = {
     "training.decay_epochs": ("step size",),
     "training.decay_rate": ("gamma",),
     "training.label_smoothing": ("smoothing",),
+    "training.huber_delta": ("huber", "delta", "smooth l1"),
     "training.clip_grad": ("grad clip", "max grad norm", "gradient clip val"),
     "training.ema_decay": ("ema", "model ema", "model ema decay"),
     "training.patience": ("early stopping", "early stopping patience"),

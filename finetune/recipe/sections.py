@@ -280,6 +280,12 @@ class TrainingSettings(Section):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="label smoothing (arXiv:1512.00567); 0.1 is usual"
     )
+    huber_delta: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="of a number as target: an error beyond this many standard deviations of the training "
+        "labels counts linearly and not by its square (Huber loss), so that a few wrong labels do not rule; "
+        "1 is usual; null: never",
+    )
     mixup: float = Field(0.0, ge=0, description="alpha of mixup (arXiv:1710.09412); 0: off, 0.2 is usual")
     cutmix: float = Field(0.0, ge=0, description="alpha of CutMix (arXiv:1905.04899); 0: off, 1.0 is usual")
     clip_grad: Annotated[float, Field(gt=0)] | None = Field(

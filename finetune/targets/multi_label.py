@@ -78,7 +78,12 @@ class MultiLabel(Target):
         return {"kind": self.kind, "thresholds": list(self.thresholds)}
 
     def build_loss(
-        self, labels: Tensor, num_classes: int, class_weights: ClassWeights, label_smoothing: float
+        self,
+        labels: Tensor,
+        num_classes: int,
+        class_weights: ClassWeights,
+        label_smoothing: float,
+        huber_delta: float | None = None,
     ) -> nn.Module:
         """Return the mean over images of the binary cross entropy, summed over classes.
 

@@ -84,20 +84,25 @@ class Number(Target):
         return {"kind": self.kind, "mean": self.mean, "std": self.std, "margin": self.margin}
 
     def build_loss(
-        self, labels: Tensor, num_classes: int, class_weights: ClassWeights, label_smoothing: float
+        self,
+        labels: Tensor,
+        num_classes: int,
+        class_weights: ClassWeights,
+        label_smoothing: float,
+        huber_delta: float | None = None,
     ) -> nn.Module:
-        """Return the mean of :meth:`compute_losses`.
+        """Return the mean of :meth:`compute_losses`, or of its Huber form (Huber 1964).
 
         Its curvature is half of what the squared error's own half has, and twice a binary cross entropy's at
         most, so that the learning rate of classes is stable here too.
         """
         from torch import nn
 
-        class QuarterSquaredError(nn.MSELoss):
+        class QuarterSquaredError(nn.HuberLoss):
             def forward(self, input: Tensor, target: Tensor) -> Tensor:
-                return super().forward(input, target) / 4
+                return super().forward(input, target) / 2
 
-        return QuarterSquaredError()
+        return QuarterSquaredError(delta=float("inf") if huber_delta is None else huber_delta)
 
     def activate(self, outputs: Tensor) -> Tensor:
         """Return the numbers in their own unit."""

@@ -227,7 +227,12 @@ class SingleLabel(Target):
         return {"kind": self.kind}
 
     def build_loss(
-        self, labels: Tensor, num_classes: int, class_weights: ClassWeights, label_smoothing: float
+        self,
+        labels: Tensor,
+        num_classes: int,
+        class_weights: ClassWeights,
+        label_smoothing: float,
+        huber_delta: float | None = None,
     ) -> nn.Module:
         """Return the mean cross entropy (:func:`build_loss`)."""
         return build_loss(labels.bincount(minlength=num_classes).tolist(), class_weights, label_smoothing)

@@ -79,7 +79,12 @@ class Target(ABC):
 
     @abstractmethod
     def build_loss(
-        self, labels: Tensor, num_classes: int, class_weights: ClassWeights, label_smoothing: float
+        self,
+        labels: Tensor,
+        num_classes: int,
+        class_weights: ClassWeights,
+        label_smoothing: float,
+        huber_delta: float | None = None,
     ) -> nn.Module:
         """Return the mean loss of (outputs (B, K), labels (B, ...)) over images.
 
@@ -88,6 +93,8 @@ class Target(ABC):
             num_classes: K.
             class_weights: ``balanced`` gives rare classes more weight.
             label_smoothing: share of a label that is spread over what it is not, in [0, 1).
+            huber_delta: error of a number, in standard deviations, beyond which it counts linearly; None for
+                never.
         """
 
     # --- outputs ---------------------------------------------------------------------------------

@@ -219,6 +219,39 @@ def test_numbers_have_no_classes(key: str, tables: Path, tiny: Path, tmp_path: P
     assert "labels are numbers" in result.output
 
 
+def test_wrong_numbers_do_not_rule_the_huber_loss(tables: Path, tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    """Every eighth training label is off by 20 deviations."""
+    table = pd.read_csv(tables / "number.csv")
+    wrong = table.index[table["split"] == "train"][::8]
+    table.loc[wrong, "value"] = table["value"] + 20 * table["value"].std()
+    table["path"] = [f"images/{path}" for path in table["path"]]
+    (tmp_path / "images").symlink_to(tables)
+    table.to_csv(tmp_path / "wrong.csv", index=False)
+    errors = []
+    for name, delta in (("squared", "null"), ("huber", 0.1)):
+        words = ("-s", "full", *QUICK_RUN, "--lr", 0.02, "--set", f"training.huber_delta={delta}")
+        links = ("--set", "data.follow_links=true")
+        invoke("run", "-b", tiny, "-d", tmp_path / "wrong.csv", *words, *links, "-o", tmp_path / name)
+        errors.append(read(tmp_path / name / "metrics.json")["mae"])
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("multi", (), "labels are classes"),
+        ("number", ("--set", "strategy.features=all"), "solves ridge regression"),
+    ],
+)
+def test_the_huber_loss_is_refused_where_it_does_nothing(
+    name: str, words: tuple[str, ...], said: str, tables: Path, tiny: Path, tmp_path: Path, cli: Cli
+) -> None:
+    huber = ("--set", "training.huber_delta=1", "-s", "freeze")
+    result = cli("run", "-b", tiny, "-d", tables / f"{name}.csv", *huber, *words, "-o", tmp_path / "run")
+    assert result.exit_code == ExitCode.USAGE
+    assert said in result.output
+
+
 def test_several_labels_are_weighted_smoothed_and_mixed(tables: Path, tiny: Path, tmp_path: Path) -> None:
     keys = ("training.class_weights=balanced", "training.label_smoothing=0.1", "training.mixup=0.2")
     sets = [word for key in keys for word in ("--set", key)]

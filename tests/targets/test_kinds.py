@@ -225,6 +225,25 @@ def test_r_squared_is_scikit_learns_in_any_unit() -> None:
     )
 
 
+def test_the_huber_loss_is_torchs_and_the_squared_error_for_small_errors() -> None:
+    target = Number.fit(["1", "2", "4"])
+    labels, outputs = torch.zeros(5, 1), torch.tensor([[-8.0], [-0.5], [0.0], [0.3], [2.0]])
+    squared = target.build_loss(labels, 1, "none", 0.0)
+    assert squared(outputs, labels).item() == pytest.approx(F.mse_loss(outputs, labels).item() / 4)
+    assert squared(1e4 + outputs, labels).item() == pytest.approx(
+        F.mse_loss(1e4 + outputs, labels).item() / 4
+    )
+    for delta in (0.25, 1.0, 3.0):
+        huber = target.build_loss(labels, 1, "none", 0.0, delta)
+        expected = F.huber_loss(outputs, labels, delta=delta) / 2
+        assert huber(outputs, labels).item() == pytest.approx(expected.item())
+        small = outputs * delta / 8
+        assert huber(small, labels).item() == pytest.approx(squared(small, labels).item())
+    far = (outputs + 1e4).requires_grad_()
+    target.build_loss(labels, 1, "none", 0.0, 1.0)(far, labels).backward()
+    assert far.grad is not None and (far.grad.abs() <= 1 / 2 / len(labels) + 1e-6).all()
+
+
 def test_equal_numbers_have_no_deviation_of_zero() -> None:
     target = Number.fit(["2", "2"])
     assert target.encode(["2", "3"], ("value",)).tolist() == [[0.0], [1.0]]
