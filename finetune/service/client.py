@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from urllib.parse import quote
 import httpx
 
 from finetune.data.samples import is_sample
+from finetune.data.tables.format import is_table
 from finetune.errors import DataError, EnvironmentFaultError, ExitCode, FinetuneError
 from finetune.runs.files import disk_error
 from finetune.service.settings import TOKEN_VARIABLE, ServiceSettings
@@ -188,21 +189,22 @@ class Client:
     # --- images ------------------------------------------------------------------------------------
 
     def send_images(self, data: str, on_progress: OnProgress) -> str:
-        """Return ``dataset:ID`` for a folder or an archive, which is uploaded unless the server has it.
+        """Return ``dataset:ID`` for a folder, table or archive, which is uploaded unless the server has it.
 
         Raises:
-            DataError: there is no such folder or archive.
+            DataError: there is no such folder or archive, or none of a table's images is found.
         """
         if data.startswith("dataset:") or is_sample(data):
             return data
         path = Path(data)
-        if path.is_file():
+        is_listed = path.is_file() and is_table(path.name)
+        if path.is_file() and not is_listed:
             return self._send(path, path.name, on_progress)
-        if not path.is_dir():
+        if not path.is_dir() and not is_listed:
             raise DataError(f"--data {data}", "there is no such folder or archive", "Check the path.")
         with temporary_folder("finetune-upload-") as folder:
             packed = Path(folder) / "images.zip"
-            pack(path, packed)
+            (pack_table if is_listed else pack)(path, packed)
             return self._send(packed, path.name, on_progress)
 
     def _send(self, archive: Path, name: str, on_progress: OnProgress) -> str:
@@ -277,14 +279,38 @@ def pack(folder: Path, target: Path) -> None:
 
     Hidden files are left out, and links that lead out of the folder are not followed.
     """
+    found = (path for path in folder.rglob("*") if not _is_hidden(path.relative_to(folder)))
+    _write_archive(folder, sorted(found), target)
+
+
+def pack_table(table: Path, target: Path) -> None:
+    """Pack a table with the images that it lists, and no other file of its folder.
+
+    Raises:
+        DataError: none of the images is found, or the table cannot be read.
+    """
+    from finetune.data.inputs import find_inputs  # loads NumPy, which no other command of jobs needs
+
+    files = {image.file for image in find_inputs(str(table), None).open() if not image.fault}
+    home = table.parent.absolute()
+    listed = sorted(file for file in files if file.is_relative_to(home) and file.is_file())
+    if not listed:
+        found = "none of the images that it lists is found beside it"
+        raise DataError(f"--data {table}", found, "Write paths relative to the folder of the table.")
+    _write_archive(home, [home / table.name, *listed], target)
+
+
+def _is_hidden(inner: Path) -> bool:
+    return any(part.startswith(".") for part in inner.parts)
+
+
+def _write_archive(folder: Path, files: Iterable[Path], target: Path) -> None:
     root = os.path.realpath(folder)
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
-        for path in sorted(folder.rglob("*")):
-            inner = path.relative_to(folder)
-            is_hidden = any(part.startswith(".") for part in inner.parts)
-            if is_hidden or not path.is_file() or not Path(os.path.realpath(path)).is_relative_to(root):
+        for path in files:
+            if not path.is_file() or not Path(os.path.realpath(path)).is_relative_to(root):
                 continue
-            info = zipfile.ZipInfo(inner.as_posix())  # with a fixed date
+            info = zipfile.ZipInfo(path.relative_to(folder).as_posix())  # with a fixed date
             with archive.open(info, "w", force_zip64=True) as entry, path.open("rb") as file:
                 shutil.copyfileobj(file, entry, 2**20)
 

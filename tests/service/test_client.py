@@ -17,6 +17,8 @@ from finetune.service import client as module
 from finetune.service.client import Client, ServerError, pack
 from finetune.service.settings import TOKEN_VARIABLE, Limits, ServiceSettings
 from finetune.service.work import dispatcher
+from finetune.service.work.executor import LocalExecutor
+from tests.cli.test_labels import draw_tables
 from tests.conftest import Cli, draw_folder
 from tests.service.servers import Scripts, Served, serving
 from tests.service.test_api import TOKEN, WAIT
@@ -97,6 +99,61 @@ def test_images_are_sent_once(cli: Cli, served: Served, tmp_path: Path) -> None:
     [path] = (tmp_path / "store" / "datasets").glob("*/images.zip")
     with zipfile.ZipFile(path) as archive:
         assert sorted(archive.namelist()) == [f"{c}/{n:03}.jpg" for c in ("blue", "red") for n in range(3)]
+
+
+def test_a_table_is_sent_with_its_images_and_nothing_else(cli: Cli, served: Served, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    draw_folder(home / "images", {"red": 2})
+    (home / "private.txt").write_text("secret")
+    (home / "other.csv").write_text("path,value\n")
+    listed = sorted(path.relative_to(home).as_posix() for path in home.rglob("*.jpg"))[:-1]
+    (home / "labels.csv").write_text("path,labels\n" + "".join(f"{path},a|b\n" for path in listed))
+    result = cli("jobs", "submit", "-d", home / "labels.csv")
+    assert result.exit_code == 0, result.stderr
+    shown = json.loads(cli("jobs", "show", result.stdout.splitlines()[0], "--json").stdout)
+    with zipfile.ZipFile(shown["recipe"]["data"]["path"]) as archive:
+        assert sorted(archive.namelist()) == [*listed, "labels.csv"]
+    (home / "lost.csv").write_text("path,labels\nnone.jpg,a\n")
+    result = cli("jobs", "submit", "-d", home / "lost.csv")
+    assert result.exit_code == 65 and "none of the images that it lists is found" in result.stderr
+
+
+@pytest.mark.parametrize(("score", "shown"), [("map", "mean average precision"), ("r2", "R squared")])
+def test_the_score_of_other_labels_is_shown(
+    cli: Cli, served: Served, tmp_path: Path, score: str, shown: str
+) -> None:
+    metrics = {score: 0.7654, "intervals": {score: [0.71, 0.82]}, "num_samples": 34, "mae": 1.5}
+    history = f"epoch,lr,train_loss,eval_loss,eval_{score}\n1,0.1,1.5,1.2,0.5\n2,0.1,1.2,1.1,0.6\n"
+    served.scripts.scripts["other"] = (
+        f"printf '{history}' > $OUT/history.csv; printf '{json.dumps(metrics)}' > $OUT/metrics.json; "
+        'printf \'{"state": "done", "message": "finished", "exit_code": 0}\' > $OUT/outcome.json'
+    )
+    job = submit(cli, "--label", "other", "--wait")
+    assert f"{shown} 0.7654" in cli("jobs", "show", job).stdout
+    page = served.client.get(f"/jobs/{job}", headers={"Accept": "text/html"})
+    assert page.status_code == 200 and ">34<" in page.text
+    for said in (f"<dt>{shown}</dt><dd>0.765<span>0.710 to 0.820</span>", "<dd>1.500</dd>"):
+        assert said in page.text
+    for name, title in (("score", shown), ("loss", "Loss")):
+        plot = served.client.get(f"/jobs/{job}/curves/{name}.svg")
+        assert plot.status_code == 200 and title in plot.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "score"), [("multi", "map"), ("number", "r2")])
+def test_a_job_on_a_table_learns_its_labels(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, score: str
+) -> None:
+    """Of the real commands, for the check and for the run."""
+    table = draw_tables(tmp_path / "tables") / f"{kind}.csv"
+    settings = ServiceSettings(tmp_path / "store", data_roots=(tiny.parent,))
+    with serving(settings, LocalExecutor()) as server:
+        monkeypatch.setenv("FINETUNE_API_URL", str(server.client.base_url))
+        words = ("-b", tiny, "-s", "freeze", "--set", "strategy.features=all")
+        result = cli("jobs", "submit", "-d", table, *words, "--wait")
+        assert result.exit_code == 0, result.stderr
+        shown = json.loads(cli("jobs", "show", result.stdout.splitlines()[0], "--json").stdout)
+    assert shown["metrics"]["target"] == kind and shown["metrics"][score] > 0.5
 
 
 def test_refused_images_end_with_the_reason(cli: Cli, served: Served, tmp_path: Path) -> None:

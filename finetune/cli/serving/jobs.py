@@ -14,6 +14,7 @@ from finetune.cli.output import handled_errors, print_json, print_line, print_ta
 from finetune.cli.unknown import RecipeCommand
 from finetune.errors import EnvironmentFaultError, ExitCode, UsageError, sanitize_line, suggest
 from finetune.service.store.states import State
+from finetune.targets import METRIC_NAMES, SCORES
 
 if TYPE_CHECKING:
     from finetune.service.client import Client
@@ -122,7 +123,7 @@ def show_command(job: IdArgument, as_json: JsonOption = False) -> None:
         for name in ("id", "state", "label", "attempt"):
             print_line(f"{name:<10}{sanitize_line(str(facts[name]))}")
         for name, value in _describe(facts):
-            print_line(f"{name:<10}{sanitize_line(value)}")
+            print_line(f"{name:<9} {sanitize_line(value)}")
 
 
 def _describe(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -135,8 +136,7 @@ def _describe(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if outcome:
         found.append(("outcome", str(outcome.get("message"))))
         found += [("hint", str(outcome["hint"]))] if outcome.get("hint") else []
-    if "accuracy" in metrics:
-        found.append(("accuracy", f"{metrics['accuracy']:.4f}"))
+    found += [(METRIC_NAMES[name], f"{metrics[name]:.4f}") for name in SCORES if name in metrics]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from http import HTTPStatus
 from importlib import resources
 from typing import Annotated, Any
@@ -19,14 +20,13 @@ from finetune.service.html import render
 from finetune.service.store.jobs import UnknownError
 from finetune.service.store.states import State
 from finetune.strategies import AUTO, STRATEGIES
+from finetune.targets import METRIC_NAMES, PLAIN_METRICS, SCORES
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 _LOG_BYTES = 20_000
 _SHOWN_FINDINGS = 30
-_CURVES = {
-    "loss": ({"validation": "eval_loss", "training": "train_loss"}, 1.0, "{:.3g}"),
-    "accuracy": ({"validation": "eval_accuracy"}, 100.0, "{:.4g} %"),
-}
+_CURVES = ("loss", "score")
+_SHOWN_METRICS = (*SCORES, "f1_macro", "mae")
 
 
 @router.get("/")
@@ -68,11 +68,26 @@ def job(request: Request, job: str) -> Response:
     return render(
         "job",
         job=found,
-        metrics=reader.metrics if found.state == State.SUCCEEDED else None,
+        metrics=_show_metrics(reader.metrics) if found.state == State.SUCCEEDED else (),
+        curves=_CURVES,
         has_history=folder.run.history.is_file(),
         has_report=folder.run.report.is_file(),
         log=_read_end(folder.log(max(found.attempt, 1))),
     )
+
+
+def _show_metrics(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return title, value and interval of the most important metrics, whatever the labels are."""
+    shown, intervals = [], metrics.get("intervals") or {}
+    for name in _SHOWN_METRICS:
+        if not isinstance(metrics.get(name), int | float):
+            continue
+        scale, form = (1.0, "{:.3f}") if name in PLAIN_METRICS else (100.0, "{:.1f} %")
+        ends = [form.format(scale * end) for end in intervals.get(name) or ()]
+        shown.append((METRIC_NAMES[name], form.format(scale * metrics[name]), " to ".join(ends)))
+    if number := metrics.get("num_samples"):
+        shown.append(("images", str(number), ""))
+    return shown
 
 
 def _read_end(path: Any) -> str:
@@ -93,11 +108,14 @@ def curves(request: Request, job: str, name: str) -> Response:
     rows = RunReader(context.folder.job(job).run, tolerant=True).history
     if name not in _CURVES or not rows:
         raise UnknownError(f"job {job[:64]}", "it has no such curves", "Wait for its first epoch.")
-    columns, scale, form = _CURVES[name]
+    metric = next((score for score in SCORES if f"eval_{score}" in rows[0]), SCORES[0])
+    metric, heading = ("loss", "loss") if name == "loss" else (metric, METRIC_NAMES[metric])
+    columns = {"validation": f"eval_{metric}"} | ({"training": "train_loss"} if name == "loss" else {})
+    scale, form = (1.0, "{:.3g}") if metric in PLAIN_METRICS else (100.0, "{:.4g} %")
     lines = {
         label: [(row["epoch"], row[column] * scale) for row in rows] for label, column in columns.items()
     }
-    plot = draw_curves(name, name, lines, form.format)
+    plot = draw_curves(metric, heading, lines, form.format)
     headers = {"Cache-Control": "no-store", "Content-Security-Policy": "style-src 'unsafe-inline'"}
     return Response(plot.file, media_type="image/svg+xml", headers=headers)
 
