@@ -12,7 +12,7 @@ from finetune.errors import UsageError, suggest
 from finetune.explain.attribution.cam import GradCam
 from finetune.explain.attribution.heat_map import ComputeMaps
 from finetune.explain.attribution.layer_cam import LayerCam
-from finetune.explain.commands.checked_maps import MapJob
+from finetune.explain.commands.checked_maps import MOST_CLASSES, MapJob
 from finetune.explain.commands.heat_maps import write_heat_maps
 from finetune.explain.commands.images import find_images
 from finetune.explain.commands.model import find_class, name_outputs, open_model
@@ -42,7 +42,7 @@ def explain_cam(
         images: paths of images; see :func:`finetune.explain.commands.images.find_images`.
         output: a new folder.
         layer: the layer whose map is weighted; None for the deepest that keeps the place in the image.
-        class_name: the class that is explained; None for the predicted class of each image.
+        class_name: the class that is explained; None for those that the network predicts.
         method: ``grad-cam`` or ``layer-cam``.
         display: shows progress.
 
@@ -69,7 +69,7 @@ def explain_cam(
             return lambda pixels, indices: maps_of(pixels, indices)[0]
 
         facts = {"layer": layer or _name(cam), "layer_size": _size(cam)}
-        job = MapJob(method, network, classes, wanted, make, facts)
+        job = MapJob(method, network, classes, wanted, make, facts, MOST_CLASSES)
         found = find_images(recipe, images, output, display)
         with new_folder(output) as folder:
             record = write_heat_maps(job, found, folder, display)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.inputs import InputImage
-from finetune.explain.attribution.heat_map import HeatMap, MakeCompute
+from finetune.explain.attribution.heat_map import ComputeMaps, HeatMap, MakeCompute
 from finetune.explain.checks.deletion import Advantages, measure_advantage
 from finetune.explain.checks.randomisation import measure_randomisation
 from finetune.explain.checks.verdicts import Check, judge_deletion, judge_randomisation, withhold
@@ -24,6 +24,8 @@ from pretrained.graph.structures import tensors_in
 
 BATCH = 16
 """Images that go through the network at a time, with their gradients."""
+MOST_CLASSES = 3
+"""Most classes of an image that has several of which each gets a map."""
 MOST_DELETED = 64
 """Images whose maps are checked by deletion, which takes 28 passes of the network each."""
 MOST_RANDOMISED = 8
@@ -38,9 +40,11 @@ class MapJob:
         method: name of the method, such as ``grad-cam``.
         network: the network with its classes.
         classes: names of its classes in index order.
-        wanted: index of the class that is explained; None for the most probable class of each image.
+        wanted: index of the class that is explained; None for the classes that the network names for each
+            image, or the most probable one if it names none.
         make: makes the function that computes maps.
         facts: what else ``explain.json`` tells, such as the layer.
+        most: most classes that are explained of an image; 1 for the most probable one.
     """
 
     method: str
@@ -49,6 +53,7 @@ class MapJob:
     wanted: int | None
     make: MakeCompute
     facts: dict[str, Any]
+    most: int = 1
 
     @property
     def target(self) -> Target:
@@ -62,10 +67,11 @@ class MapJob:
 
 @dataclass(frozen=True)
 class MapRow:
-    """The map of one image.
+    """The map of one image and one class.
 
     Attributes:
         path: the image.
+        place: number of the image in its batch.
         index: index of the class that is explained; 0 for a number.
         answer: probability of the class, in [0, 1], or the number.
         logit: the network's output for it.
@@ -75,6 +81,7 @@ class MapRow:
     """
 
     path: str
+    place: int
     index: int
     answer: float
     logit: float
@@ -99,28 +106,49 @@ class CheckedMaps:
     def compute(
         self, images: Sequence[InputImage], reader: ImageReader
     ) -> Iterator[tuple[ImageBatch, list[MapRow]]]:
-        """Yield each batch with the rows of its images, in order."""
+        """Yield each batch with the rows of its images, in order: a row for each class of an image."""
         compute = self.job.make(self.job.network.backbone.network)
         for batch in reader.read(images, BATCH):
-            logits, indices = self._classify(batch.pixels)
-            maps = compute(batch.pixels, indices)
-            if not self._similar:
-                self._randomise(batch.pixels, indices, maps)
+            logits = self._forward(batch.pixels)
             answers = self.job.target.activate(logits / self.job.network.backbone.card.temperature)
-            advantages = self._delete(batch.pixels, indices, maps)
-            rows = [
-                MapRow(
-                    image.path,
-                    indices[number],
-                    float(answers[number, indices[number]]),
-                    float(logits[number, indices[number]]),
-                    maps[number],
-                    advantages[number],
-                )
-                for number, image in enumerate(batch.images)
+            chosen = [
+                (place, index)
+                for place in range(len(logits))
+                for index in self._choose(logits[place], answers[place])
             ]
-            self.rows += rows
-            yield batch, rows
+            before = len(self.rows)
+            for start in range(0, len(chosen), BATCH):
+                part = chosen[start : start + BATCH]
+                self.rows += self._explain(batch, part, compute, logits, answers)
+            yield batch, self.rows[before:]
+
+    def _explain(
+        self,
+        batch: ImageBatch,
+        chosen: Sequence[tuple[int, int]],
+        compute: ComputeMaps,
+        logits: Tensor,
+        answers: Tensor,
+    ) -> list[MapRow]:
+        """Return the rows of some classes, each of an image of the batch."""
+        places, indices = [place for place, _ in chosen], [index for _, index in chosen]
+        pixels = batch.pixels if places == [*range(len(batch.pixels))] else batch.pixels[places]
+        maps = compute(pixels, indices)
+        if not self._similar:
+            self._randomise(pixels, indices, maps)
+        advantages = self._delete(pixels, indices, maps)
+        return [
+            MapRow(
+                batch.images[place].path,
+                place,
+                index,
+                float(answers[place, index]),
+                float(logits[place, index]),
+                maps[number],
+                advantages[number],
+            )
+            for number, (place, index) in enumerate(chosen)
+        ]
 
     def judge(self) -> tuple[list[MapRow], tuple[Check, Check]]:
         """Return all rows without the maps that must not be shown, and what the checks found."""
@@ -130,12 +158,26 @@ class CheckedMaps:
         )
         return [replace(row, heat=withhold(row.heat, row.advantages, checks)) for row in self.rows], checks
 
-    def _classify(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
-        """Return the logits (B, K) on the CPU, and the class that is explained of each image."""
+    def _forward(self, pixels: Tensor) -> Tensor:
+        """Return the logits (B, K) on the CPU."""
         with torch.inference_mode():
-            logits = tensors_in(self.job.network.backbone.network(pixels))[0].float().cpu()
-        wanted = self.job.wanted
-        return logits, decide(logits).tolist() if wanted is None else [wanted] * len(logits)
+            return tensors_in(self.job.network.backbone.network(pixels))[0].float().cpu()
+
+    def _choose(self, logits: Tensor, answers: Tensor) -> list[int]:
+        """Return the classes that are explained of an image, the most probable first.
+
+        Args:
+            logits: the network's outputs for the image, (K,).
+            answers: what they mean, (K,).
+        """
+        if self.job.wanted is not None:
+            return [self.job.wanted]
+        best = int(decide(logits[None]))
+        if self.job.most == 1:
+            return [best]
+        label, _ = self.job.target.answer(answers.numpy(), self.job.classes)
+        named = [self.job.classes.index(name) for name in self.job.target.classes_of(label)]
+        return sorted(named, key=lambda index: -float(answers[index]))[: self.job.most] or [best]
 
     def _randomise(self, pixels: Tensor, indices: Sequence[int], maps: Sequence[HeatMap]) -> None:
         known = [number for number, heat in enumerate(maps) if heat.values is not None][:MOST_RANDOMISED]

@@ -5,10 +5,11 @@
     heat-maps.png    the images with their maps, and what the checks found
     heat-maps.csv    path, class, probability (or value), logit, what the check by deletion found, why no map
                      is shown
-    heat-maps.npz    ``paths`` (N,), ``maps`` (N, h, w) float32 from 0 to 1; zero where there is no map
+    heat-maps.npz    ``paths`` (N,), ``classes`` (N,), ``maps`` (N, h, w) float32 from 0 to 1; zero where no map
+                     is known
     explain.json     method, model, layer, checks, versions
 
-Shape legend: N images with a map or without, h w positions of the map.
+Shape legend: N images and classes with a map or without, h w positions of the map.
 """
 
 from __future__ import annotations
@@ -60,9 +61,8 @@ def write_heat_maps(
     seen: list[Image.Image] = []
     with display.track("computing heat maps", len(images)) as advance:
         for batch, rows in maps.compute(images, reader):
-            drawn = min(len(rows), MOST_DRAWN - len(seen))
-            seen += [shrink(batch.picture(index)) for index in range(drawn)]
-            advance(len(rows), "")
+            seen += [shrink(batch.picture(row.place)) for row in rows[: MOST_DRAWN - len(seen)]]
+            advance(len(batch.images), "")
     reader.report_bad(folder, len(images), display)
     rows, checks = maps.judge()
     say_checks(checks, display)
@@ -91,7 +91,7 @@ def describe(
     return {
         **job.facts,
         "class": None if job.wanted is None else job.classes[job.wanted],
-        "num_images": len(rows),
+        "num_images": len({row.path for row in rows}),
         "num_bad": len(reader.bad),
         "num_shown": sum(row.heat.values is not None for row in rows),
         "checks": {check.name: check.to_dict() for check in checks},
@@ -106,7 +106,8 @@ def _lay_out(
         [tile for pair in pairs[start : start + _PAIRS] for tile in pair]
         for start in range(0, len(pairs), _PAIRS)
     ]
-    shown = f", {len(pairs)} of {len(rows)} images shown" if len(rows) > len(pairs) else ""
+    kind = "images" if len({row.path for row in rows}) == len(rows) else "maps"
+    shown = f", {len(pairs)} of {len(rows)} {kind} shown" if len(rows) > len(pairs) else ""
     title = f"{job.method}, {job.network.backbone.card.name}{shown}"
     return Grid(title, lines, notes=[check.said for check in checks])
 
@@ -144,4 +145,5 @@ def _write_tables(job: MapJob, computed: Sequence[MapRow], rows: Sequence[MapRow
     for number, row in enumerate(computed):
         if row.heat.values is not None:
             maps[number] = row.heat.values.numpy()
-    write_arrays(folder / "heat-maps.npz", paths=np.array([row.path for row in computed]), maps=maps)
+    paths, classes = [row.path for row in computed], [job.classes[row.index] for row in computed]
+    write_arrays(folder / "heat-maps.npz", paths=np.array(paths), classes=np.array(classes), maps=maps)

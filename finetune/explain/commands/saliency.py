@@ -15,7 +15,7 @@ from finetune.explain.attribution.heat_map import ComputeMaps, HeatMap, MakeComp
 from finetune.explain.attribution.integrated import compute_integrated
 from finetune.explain.attribution.occlusion import compute_occlusion
 from finetune.explain.attribution.smoothgrad import compute_smoothgrad
-from finetune.explain.commands.checked_maps import MapJob
+from finetune.explain.commands.checked_maps import MOST_CLASSES, MapJob
 from finetune.explain.commands.heat_maps import write_heat_maps
 from finetune.explain.commands.images import find_images
 from finetune.explain.commands.model import find_class, name_outputs, open_model
@@ -48,7 +48,7 @@ def explain_saliency(
         recipe: names the model, and the ``--data``; settings of input and machine.
         images: paths of images; see :func:`finetune.explain.commands.images.find_images`.
         output: a new folder.
-        class_name: the class that is explained; None for the predicted class of each image.
+        class_name: the class that is explained; None for those that the network predicts.
         method: one of :data:`METHODS`.
         display: shows progress.
 
@@ -63,7 +63,7 @@ def explain_saliency(
         network = open_model(recipe, display)
         classes = name_outputs(network)
         wanted = None if class_name is None else find_class(classes, class_name)
-        job = MapJob(method, network, classes, wanted, make, {"layer": None})
+        job = MapJob(method, network, classes, wanted, make, {"layer": None}, MOST_CLASSES)
         found = find_images(recipe, images, output, display)
         with new_folder(output) as folder:
             record = write_heat_maps(job, found, folder, display)
