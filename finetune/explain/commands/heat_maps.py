@@ -5,8 +5,8 @@
     heat-maps.png    the images with their maps, and what the checks found
     heat-maps.csv    path, class, probability (or value), logit, what the check by deletion found, why no map
                      is shown
-    heat-maps.npz    ``paths`` (N,), ``classes`` (N,), ``maps`` (N, h, w) float32 from 0 to 1; zero where no map
-                     is known
+    heat-maps.npz    ``paths`` (N,), ``classes`` (N,), ``maps`` (N, h, w) float32 from 0 to 1; zero where
+                     there is no map
     explain.json     method, model, layer, checks, versions
 
 Shape legend: N images and classes with a map or without, h w positions of the map.
