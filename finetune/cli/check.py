@@ -164,6 +164,7 @@ def _print_classes(summary: dict[str, Any]) -> None:
 def _check_run(run: Path, folder: Path, as_json: bool) -> None:
     from finetune.runs.reader import require_run
     from finetune.system.display import Display
+    from finetune.targets import METRIC_NAMES
 
     require_run(run)  # before torch is loaded
     display = Display()
@@ -178,9 +179,10 @@ def _check_run(run: Path, folder: Path, as_json: bool) -> None:
         for path, label, suggested, own, other, _ in found.rows[:_SHOWN]
     ]
     if cells:
-        print_table(("prob.", "label", "prob.", "suggested", "path"), cells)
+        first, second = (name.split("_")[-1] for name in found.columns[3:5])
+        print_table((first, "label", second, "suggested", "path"), cells)
     images = count(found.num_scored, "image")
     print_line(
         f"{count(len(found.rows), 'suspected label')} among {images} (linear classifiers that had "
-        f"not seen them agree with {100 * found.accuracy:.1f} % of the labels); everything is in {folder}"
+        f"not seen them have the {METRIC_NAMES[found.metric]} {found.score:.3f}); everything is in {folder}"
     )

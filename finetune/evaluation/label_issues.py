@@ -10,6 +10,8 @@ Confident learning (Northcutt, Jiang and Chuang, arXiv:1911.00068): the threshol
 probability of that class over the images with its label. An image is suspected if it reaches the threshold of
 another class and its label is not the most probable class. These are the off-diagonal entries of the paper's
 confident joint, as in cleanlab's ``find_label_issues(filter_by="confident_learning")``; tests compare them.
+Of several labels, each class and its absence are such a pair of classes; a number is suspected if the error
+of its prediction is an outlier (:mod:`finetune.evaluation.number`).
 
 Shape legend: N images, K classes.
 """
@@ -26,11 +28,13 @@ import torch
 from torch import Tensor
 
 from finetune.data.dataset import Dataset, PreparedDataset, Sample
-from finetune.data.prepare import check_outside, require_classes
+from finetune.data.prepare import check_outside, require_labels
 from finetune.data.provenance import find_ancestors
 from finetune.data.split import draw_folds, join_copies
 from finetune.data.thumbnail import load_thumbnail
 from finetune.errors import DataError, UsageError
+from finetune.evaluation.predictions import Predictions
+from finetune.evaluation.summary import JUDGES
 from finetune.features.extraction import Source, open_features, open_images, open_source
 from finetune.features.network import open_network
 from finetune.features.rows import Rows
@@ -43,41 +47,13 @@ from finetune.runs.new_folder import new_folder
 from finetune.runs.outcome import translated_errors
 from finetune.runs.reader import RunReader, require_run
 from finetune.system.display import Display
-from finetune.targets import LINEAR_CLASSIFIER, decide, to_probabilities
 
-_ROUNDING = 1e-6
-"""Tolerance below a threshold, since probabilities are float32."""
 NUM_FOLDS = 5
 SHOWN = 36
 """Largest number of images on the contact sheet."""
+NONE = "none"
+"""Shown for the label of an image that has no class."""
 FILE, SHEET = "label_issues.csv", "label_issues.png"
-COLUMNS = ("path", "label", "suggested", "label_probability", "suggested_probability", "split")
-
-
-def find_label_issues(labels: Tensor, probabilities: Tensor) -> Tensor:
-    """Return the indices of the images with suspected labels, the least probable label first, (M,) int64.
-
-    Args:
-        labels: (N,) int64, the given labels.
-        probabilities: (N, K), each row by a classifier that was not trained on the image.
-    """
-    most_probable = decide(probabilities)
-    reached = probabilities >= compute_thresholds(labels, probabilities) - _ROUNDING
-    number = reached.sum(dim=1)
-    # If several thresholds are reached, the most probable class counts, as in the paper.
-    guess = torch.where(number > 1, most_probable, decide(reached.int()))
-    issues = ((number > 0) & (guess != labels) & (most_probable != labels)).nonzero().flatten()
-    own = probabilities[issues, labels[issues]]
-    return issues[own.argsort(stable=True)]
-
-
-def compute_thresholds(labels: Tensor, probabilities: Tensor) -> Tensor:
-    """Return the mean probability of each class over the images with its label, (K,); infinite if none."""
-    num_classes = probabilities.shape[1]
-    own = probabilities.gather(1, labels[:, None]).flatten().double()
-    sums = torch.zeros(num_classes, dtype=torch.float64).index_add_(0, labels, own)
-    counts = labels.bincount(minlength=num_classes)
-    return torch.where(counts > 0, sums / counts, torch.inf)
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -88,24 +64,30 @@ class LabelIssues:
     """The suspected labels of a run's images.
 
     Attributes:
-        rows: the rows of ``label_issues.csv``, the least probable label first.
+        columns: the columns of ``label_issues.csv``.
+        rows: its rows, the least probable label first.
+        captions: two lines on each of them.
         num_scored: images that were predicted by a classifier that was not trained on them.
         num_images: images of the run.
-        accuracy: accuracy of these classifiers with the given labels, in [0, 1].
+        metric: what these classifiers are judged by with the given labels: ``accuracy``, ``map`` or ``r2``.
+        score: its value.
     """
 
+    columns: Sequence[str]
     rows: Sequence[tuple[Any, ...]]
+    captions: Sequence[tuple[str, str]]
     num_scored: int
     num_images: int
-    accuracy: float
+    metric: str
+    score: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
         return {
             "num_images": self.num_images,
             "num_judged": self.num_scored,
-            "accuracy": self.accuracy,
-            "label_issues": [dict(zip(COLUMNS, row, strict=True)) for row in self.rows],
+            self.metric: self.score,
+            "label_issues": [dict(zip(self.columns, row, strict=True)) for row in self.rows],
         }
 
 
@@ -124,7 +106,7 @@ def find_run_label_issues(run: Path, output: Path, display: Display) -> LabelIss
         recipe = _read_recipe(run)
         network = open_network(recipe, display)
         dataset = open_images(recipe, display)
-        require_classes(dataset, recipe)
+        require_labels(dataset, recipe)
         check_outside(output, dataset)
         source = open_source(recipe, network, dataset, display)
         dataset = leave_changed_out(source, RunFolder(run), display)
@@ -135,9 +117,9 @@ def find_run_label_issues(run: Path, output: Path, display: Display) -> LabelIss
                 usable = features.usable(dataset.samples)
                 samples = [dataset.samples[index] for index in usable.tolist()]
                 folds = _assign_folds(samples, dataset, recipe.seed)
-                probabilities = _cross_validate(source, features.rows[0], usable, folds)
-            found = _collect(dataset, samples, folds, probabilities)
-            write_csv(folder / FILE, found.rows, COLUMNS)
+                outputs = _cross_validate(source, features.rows[0], usable, folds)
+            found = _collect(dataset, samples, folds, outputs)
+            write_csv(folder / FILE, found.rows, found.columns)
             write_sections(folder / SHEET, _sections(dataset, found))
         return found
 
@@ -198,63 +180,57 @@ def _assign_folds(samples: Sequence[Sample], dataset: PreparedDataset, seed: int
         if len(unit) > 1
         for sample in unit
     }
-    pool: defaultdict[str, list[str]] = defaultdict(list)
+    by_label: defaultdict[str, list[str]] = defaultdict(list)
     for sample in samples:
-        pool[dataset.classes[sample.label]].append(sample.path)
+        by_label[dataset.label_of(sample)].append(sample.path)
+    pool = dataset.target.strata(by_label)
     folds = draw_folds(pool, NUM_FOLDS, seed, joined)
-    alone = {name for name, paths in pool.items() if len({folds[path] for path in paths}) < 2}
-    return torch.tensor(
-        [0 if dataset.classes[sample.label] in alone else folds[sample.path] for sample in samples]
-    )
+    alone = [paths for paths in pool.values() if len({folds[path] for path in paths}) < 2]
+    folds |= dict.fromkeys((path for paths in alone for path in paths), 0)
+    return torch.tensor([folds.get(sample.path, 0) for sample in samples])
 
 
 def _cross_validate(source: Source, rows: Rows, usable: Tensor, folds: Tensor) -> Tensor:
-    """Return probabilities (N, K) by classifiers not trained on the image; NaN if never held out."""
-    num_classes, seed, device = (
-        source.dataset.num_classes,
-        source.recipe.seed,
-        source.network.placement.device,
-    )
-    labels = torch.tensor([source.dataset.samples[index].label for index in usable.tolist()])
-    probabilities = torch.full((len(labels), num_classes), torch.nan)
+    """Return the outputs (N, K) of classifiers not trained on the image; NaN if never held out."""
+    dataset, seed, device = source.dataset, source.recipe.seed, source.network.placement.device
+    labels = dataset.encode([dataset.samples[index] for index in usable.tolist()])
+    outputs = torch.full((len(labels), dataset.num_classes), torch.nan)
     with source.display.track("checking labels", NUM_FOLDS) as advance:
         for fold in range(1, NUM_FOLDS + 1):
             held = folds == fold
             if held.any():
                 train, own = usable[~held], labels[~held]
-                classifier = fit(rows, train, own, num_classes, LINEAR_CLASSIFIER, seed, device)
-                probabilities[held] = to_probabilities(classifier.scores(rows[usable[held]]))
+                kind = dataset.target.solver
+                classifier = fit(rows, train, own, dataset.num_classes, kind, seed, device)
+                outputs[held] = classifier.scores(rows[usable[held]])
             advance(1, "")
-    return probabilities
+    return outputs
 
 
-def _collect(
-    dataset: Dataset, samples: Sequence[Sample], folds: Tensor, probabilities: Tensor
-) -> LabelIssues:
-    scored = (folds > 0).nonzero().flatten()
-    if not len(scored):
+def _collect(dataset: Dataset, samples: Sequence[Sample], folds: Tensor, outputs: Tensor) -> LabelIssues:
+    scored = [samples[index] for index in (folds > 0).nonzero().flatten().tolist()]
+    if not scored:
         found = "no class has two images that are not copies of each other"
         raise DataError("suspected labels", found, "Add images.")
-    labels = torch.tensor([samples[index].label for index in scored.tolist()])
-    known = probabilities[scored]
-    predicted = decide(known)
-    rows = []
-    for index in find_label_issues(labels, known).tolist():
-        sample, suggested = samples[int(scored[index])], int(predicted[index])
-        own, other = known[index, sample.label].item(), known[index, suggested].item()
-        names = dataset.classes[sample.label], dataset.classes[suggested]
-        rows.append((sample.path, *names, own, other, sample.split))
-    accuracy = (predicted == labels).double().mean().item()
-    return LabelIssues(rows, len(scored), len(samples), accuracy)
+    target, judge = dataset.target, JUDGES[dataset.target.kind]
+    predictions = Predictions(outputs[folds > 0], dataset.encode(scored), target)
+    issues = judge.find_issues(predictions, dataset.classes)
+    rows, captions = [], []
+    for issue in issues:
+        sample = scored[issue.place]
+        label = dataset.label_of(sample)
+        rows.append((sample.path, label, issue.suggested, *issue.values, sample.split))
+        captions.append(
+            (f"{label or NONE}{issue.captions[0]}", f"{issue.suggested or NONE}{issue.captions[1]}")
+        )
+    columns = ("path", "label", "suggested", *judge.issue_columns, "split")
+    return LabelIssues(columns, rows, captions, len(scored), len(samples), target.score, predictions.score)
 
 
 def _sections(dataset: PreparedDataset, found: LabelIssues) -> list[Section]:
     tiles = [
-        Tile(
-            load_thumbnail(dataset.root / path, CELL, dataset.value_range),
-            (f"{label}: {own:.3f}", f"{suggested}: {other:.3f}", Path(path).name),
-        )
-        for path, label, suggested, own, other, _ in found.rows[:SHOWN]
+        Tile(load_thumbnail(dataset.root / row[0], CELL, dataset.value_range), (*lines, Path(row[0]).name))
+        for row, lines in zip(found.rows[:SHOWN], found.captions, strict=False)
     ]
-    title = "Labels that are probably wrong: as given, as suggested, with their probabilities"
+    title = "Labels that are probably wrong: as given, and as suggested"
     return [Section(title, len(found.rows), tiles)] if tiles else []

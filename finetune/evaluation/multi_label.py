@@ -20,7 +20,8 @@ from torch import Tensor
 
 from finetune.evaluation.predictions import Predictions
 from finetune.evaluation.resampling import Floats, Weights, resample
-from finetune.evaluation.tables import EvaluatedImage, Summary, write_predictions
+from finetune.evaluation.single_label import PROBABILITY_COLUMNS, find_label_issues
+from finetune.evaluation.tables import EvaluatedImage, LabelIssue, Summary, write_predictions
 from finetune.runs.files import write_csv
 from finetune.runs.folder import RunFolder
 from finetune.targets import SEPARATOR, MultiLabel, average_precisions, name_probabilities
@@ -48,6 +49,8 @@ Bools = npt.NDArray[np.bool_]
 
 class MultiLabelJudge:
     """Judges several labels an image (:class:`finetune.evaluation.summary.Judge`)."""
+
+    issue_columns = PROBABILITY_COLUMNS
 
     def summarize(self, evaluated: Predictions, val: Predictions | None, classes: Sequence[str]) -> Summary:
         """Return all metrics, with thresholds chosen on validation images."""
@@ -83,6 +86,26 @@ class MultiLabelJudge:
         """Return the mean average precision as a function of weights."""
         truth = labels.numpy() > 0
         return lambda weights: _weigh_precision(values, truth, weights)
+
+    def find_issues(self, predictions: Predictions, classes: Sequence[str]) -> list[LabelIssue]:
+        """Return the images of which a class, or its absence, is suspected, with all of these corrected.
+
+        The probability is that of the least probable class, or absence of a class, of the label.
+        """
+        probabilities, labels = predictions.probabilities, predictions.labels.long()
+        wrong: dict[int, list[tuple[float, int]]] = {}
+        for k in range(len(classes)):
+            both = torch.stack([1 - probabilities[:, k], probabilities[:, k]], dim=1)
+            for place in find_label_issues(labels[:, k], both).tolist():
+                wrong.setdefault(place, []).append((both[place, labels[place, k]].item(), k))
+        issues = []
+        for place, found in wrong.items():
+            changed = {k for _, k in found}
+            names = [name for k, name in enumerate(classes) if bool(labels[place, k]) != (k in changed)]
+            least, _ = min(found)
+            captions = (f": {least:.3f}", f": {1 - least:.3f}")
+            issues.append(LabelIssue(place, SEPARATOR.join(names), (least, 1 - least), captions))
+        return sorted(issues, key=lambda issue: issue.values[0])
 
     def describe(self, metrics: Mapping[str, Any]) -> str:
         """Return mean average precision with its interval, and micro and macro F1."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from finetune.evaluation.predictions import Predictions
 from finetune.evaluation.resampling import Floats, Weights, resample
-from finetune.evaluation.tables import EvaluatedImage, Summary, write_predictions
+from finetune.evaluation.tables import EvaluatedImage, LabelIssue, Summary, write_predictions
 from finetune.runs.folder import RunFolder
 from finetune.targets import Number
 
@@ -28,10 +28,16 @@ COVERAGE = 0.9
 """Share of new numbers that a prediction interval holds."""
 NUM_FOLDS = 5
 """Folds of the images if the same ones both choose the margin and measure its coverage."""
+FAR = 4.0
+"""Deviations beyond which the error of a number is an outlier: 1 in 16,000 of normally distributed ones."""
+_NORMAL_MAD = 0.6744897501960817
+"""Median absolute deviation of the standard normal distribution."""
 
 
 class NumberJudge:
     """Judges a number an image (:class:`finetune.evaluation.summary.Judge`)."""
+
+    issue_columns = ("error", "deviations")
 
     def summarize(self, evaluated: Predictions, val: Predictions | None, classes: Sequence[str]) -> Summary:
         """Return all metrics, with a margin chosen on validation images."""
@@ -94,6 +100,28 @@ class NumberJudge:
         """Return R squared as a function of weights."""
         truth = labels[:, 0].double().numpy()
         return lambda weights: _weigh_r2(values[:, 0], truth, weights)
+
+    def find_issues(self, predictions: Predictions, classes: Sequence[str]) -> list[LabelIssue]:
+        """Return the numbers whose errors are outliers, the largest first.
+
+        An error is an outlier beyond :data:`FAR` deviations from the median error. The deviation is that of
+        normally distributed errors with the same median absolute deviation, which outliers do not enlarge.
+        """
+        values, truth = _values(predictions)
+        errors = values - truth
+        away = np.abs(errors - np.median(errors))
+        deviation = float(np.median(away)) / _NORMAL_MAD
+        far = away / deviation if deviation else np.zeros_like(away)
+        order = [place for place in np.argsort(-far, kind="stable").tolist() if far[place] > FAR]
+        return [
+            LabelIssue(
+                place,
+                f"{values[place]:.9g}",
+                (float(errors[place]), float(far[place])),
+                ("", f": {far[place]:.1f} deviations"),
+            )
+            for place in order
+        ]
 
     def describe(self, metrics: Mapping[str, Any]) -> str:
         """Return R squared with its interval, rank correlation and mean absolute error."""

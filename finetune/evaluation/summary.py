@@ -15,13 +15,19 @@ from finetune.evaluation.number import NumberJudge
 from finetune.evaluation.predictions import Predictions
 from finetune.evaluation.resampling import Floats, Weights
 from finetune.evaluation.single_label import SingleLabelJudge
-from finetune.evaluation.tables import EvaluatedImage, Summary
+from finetune.evaluation.tables import EvaluatedImage, LabelIssue, Summary
 from finetune.runs.folder import RunFolder
 from finetune.targets import TargetKind
 
 
 class Judge(Protocol):
-    """Computes the metrics of predictions of one kind of labels, and writes their tables."""
+    """Computes the metrics of predictions of one kind of labels, and writes their tables.
+
+    Attributes:
+        issue_columns: names of the two numbers of a :class:`~finetune.evaluation.tables.LabelIssue`.
+    """
+
+    issue_columns: tuple[str, str]
 
     def summarize(self, evaluated: Predictions, val: Predictions | None, classes: Sequence[str]) -> Summary:
         """Return all metrics of a network from its predictions.
@@ -53,6 +59,15 @@ class Judge(Protocol):
         Args:
             values: probabilities of classes, or numbers, of each image (N, K).
             labels: (N, ...), as the target encodes them; numbers in their own unit.
+        """
+        ...
+
+    def find_issues(self, predictions: Predictions, classes: Sequence[str]) -> list[LabelIssue]:
+        """Return the labels that are probably wrong, the least probable first.
+
+        Args:
+            predictions: each image's by a network or classifier that was not trained on it.
+            classes: names of the outputs in index order.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.evaluation.predictions import Predictions
 from finetune.runs.files import FLOAT_FORMAT, escape_formula, format_csv_line, write_chunks
@@ -31,6 +31,22 @@ class Summary:
     temperature: float
     metrics: dict[str, Any]
     target: Target
+
+
+class LabelIssue(NamedTuple):
+    """A label that is probably wrong.
+
+    Attributes:
+        place: number of the image, in [0, N).
+        suggested: the label that it probably should have.
+        values: the numbers that say so, named by :attr:`finetune.evaluation.summary.Judge.issue_columns`.
+        captions: what follows the given and the suggested label in a picture.
+    """
+
+    place: int
+    suggested: str
+    values: tuple[float, float]
+    captions: tuple[str, str]
 
 
 def write_predictions(

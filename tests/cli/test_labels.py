@@ -328,7 +328,6 @@ def test_no_other_command_takes_them_for_classes(run: Path, kind: str, tmp_path:
     commands = [
         ("probe", "--run", run, "--classifiers", "svm", "-o", tmp_path / "probe"),
         ("forecast", run, "-o", tmp_path / "forecast"),
-        ("check", "--run", run, "-o", tmp_path / "check"),
         ("explain", "ablate", run, "-o", tmp_path / "ablate"),
         ("explain", "class", run, "-o", tmp_path / "class"),
         ("predict", run, tmp_path, "--top", 2, "-o", tmp_path / "top.csv"),
@@ -457,6 +456,37 @@ def test_several_crops_are_averaged(run: Path, kind: str, tmp_path: Path) -> Non
     variants = pd.read_csv(tmp_path / "five" / "variants.csv")
     assert variants["views"].tolist() == [1, 5]
     assert np.isfinite(variants[{"multi": "map", "number": "r2"}[kind]]).all()
+
+
+def test_wrong_labels_of_a_run_are_suspected(kind: str, tmp_path: Path, cli: Cli) -> None:
+    table_file = draw_tables(tmp_path / "tables") / f"{kind}.csv"
+    table, wrong = pd.read_csv(table_file, keep_default_na=False), ["5.png", "50.png", "100.png"]
+    rows = table["path"].isin(wrong)
+    if kind == "number":
+        table.loc[rows, "value"] += 200
+    else:
+        inverted = [
+            "|".join(sorted({"red", "green", "blue"} - {*label.split("|")})) for label in table["labels"]
+        ]
+        table.loc[rows, "labels"] = pd.Series(inverted)[rows]
+    table.to_csv(table_file, index=False)
+    words = ("-s", "freeze", "--set", "strategy.features=last", "--img-size", 64, *QUICK_RUN)
+    invoke("run", "-b", "tf_efficientnet_lite0", "-d", table_file, *words, "-o", tmp_path / "run")
+    result = cli("check", "--run", tmp_path / "run", "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["num_judged"] == told["num_images"] == 120
+    assert {"multi": "map", "number": "r2"}[kind] in told
+    found = pd.read_csv(tmp_path / "out" / "label_issues.csv", keep_default_na=False, dtype={"label": str})
+    first = [*found["path"][: len(wrong)]]
+    assert first and set(first) <= set(wrong)  # of three flipped labels a classifier may learn some
+    given = table.astype(str).set_index("path")[{"multi": "labels", "number": "value"}[kind]]
+    assert found["label"].tolist() == given.loc[found["path"]].tolist()
+    columns = {"multi": ["label_probability", "suggested_probability"], "number": ["error", "deviations"]}
+    assert [*found.columns[3:5]] == columns[kind]
+    assert (tmp_path / "out" / "label_issues.png").stat().st_size > 1000
+    shown = cli("check", "--run", tmp_path / "run", "-o", tmp_path / "again")
+    assert {"multi": "have the mean average precision", "number": "deviations"}[kind] in shown.output
 
 
 def test_runs_of_a_series_are_averaged(kind: str, tables: Path, tiny: Path, tmp_path: Path) -> None:
