@@ -64,6 +64,7 @@ def _rank(recipe: Recipe, names: list[str], as_json: bool) -> None:
     display = Display()
     with display.busy("loading torch"):
         from finetune.features.rank_backbones import rank_backbones
+        from finetune.targets import METRIC_NAMES
     ranked = rank_backbones(recipe, names, display)
     if as_json:
         print_json([vars(ranking) for ranking in ranked])
@@ -71,13 +72,14 @@ def _rank(recipe: Recipe, names: list[str], as_json: bool) -> None:
     rows = [
         [
             ranking.backbone,
-            f"{ranking.accuracy:.3f} ± {ranking.error:.3f}",
+            f"{ranking.score:.3f} ± {ranking.error:.3f}",
             f"{ranking.num_features:,}",
             f"{ranking.num_parameters:,}",
         ]
         for ranking in ranked
     ]
-    print_table(("backbone", "nearest neighbours", "features", "parameters"), rows)
+    metric = METRIC_NAMES[ranked[0].metric]
+    print_table(("backbone", f"{metric} of neighbours", "features", "parameters"), rows)
 
 
 def _print(advice: Advice) -> None:

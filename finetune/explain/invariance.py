@@ -1,4 +1,4 @@
-"""How features and the probability of the class change when the image is moved, scaled or turned.
+"""How features and the answer change when the image is moved, scaled or turned.
 
 After Zeiler and Fergus (arXiv:1311.2901, figure 5): the distance between the features of the original and of
 the transformed image, layer by layer, and the probability of the true class. What the image leaves free is
@@ -9,7 +9,7 @@ Shape legend: B batch, A amounts of a transformation, L layers, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as images_of
 
-from finetune.targets import to_probabilities
 from pretrained.graph.recorder import FeaturePoint, FeatureRecorder
 from pretrained.graph.structures import tensors_in
 
@@ -39,11 +38,11 @@ class Responses:
     Attributes:
         distances: (L, B, A) float32, the Euclidean distance of the features from those of the original image,
             divided by the norm of the latter.
-        probabilities: (B, A) float32, of the class of each image, in [0, 1].
+        answers: (B, A) float32, the probability of the class of each image, in [0, 1], or its number.
     """
 
     distances: Tensor
-    probabilities: Tensor
+    answers: Tensor
 
 
 def transform_images(images: Tensor, kind: str, amount: float) -> Tensor:
@@ -74,31 +73,31 @@ def measure_responses(
     network: nn.Module,
     points: Sequence[FeaturePoint],
     images: Tensor,
-    classes: Tensor,
+    outputs: Tensor,
     kind: str,
-    temperature: float = 1.0,
+    activate: Callable[[Tensor], Tensor],
 ) -> Responses:
-    """Measure how features and probabilities respond to one transformation.
+    """Measure how features and answers respond to one transformation.
 
     Args:
-        network: (B, 3, H, W) -> logits (B, K), in eval mode.
+        network: (B, 3, H, W) -> outputs (B, K), in eval mode.
         points: the layers, L of them.
         images: (B, 3, H, W), normalised, on the device of the network.
-        classes: (B,) int64, the class of each image.
+        outputs: (B,) int64, the output that is followed for each image.
         kind: a key of :data:`AMOUNTS`; all its amounts are measured, one forward pass each.
-        temperature: divisor of the logits.
+        activate: returns the answers (B, K) that outputs (B, K) mean.
     """
     recorder = FeatureRecorder(network, points, [_to_rows] * len(points))
     originals = recorder.record(images)
-    distances, probabilities = [], []
+    distances, answers = [], []
     for amount in AMOUNTS[kind]:
         features, output = recorder.record_all(transform_images(images, kind, amount))
         distances.append(
             torch.stack([_compare(*pair) for pair in zip(originals, features, strict=True)]).cpu()
         )
-        found = to_probabilities(tensors_in(output)[0].float() / temperature)
-        probabilities.append(found.gather(1, classes[:, None].to(found.device))[:, 0].cpu())
-    return Responses(torch.stack(distances, dim=2), torch.stack(probabilities, dim=1))
+        found = activate(tensors_in(output)[0].float()).cpu()
+        answers.append(found.gather(1, outputs[:, None])[:, 0])
+    return Responses(torch.stack(distances, dim=2), torch.stack(answers, dim=1))
 
 
 def _to_rows(value: object) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from finetune.features.rows import Rows
 from finetune.system.device import derive_seed
-from finetune.targets import SINGLE, Target, decide
+from finetune.targets import Target, decide
 
 PER_CLASS = 20
 """Images of a class that LEEP uses. LEEP falls with their number (for ants and bees from 0.98 with 10 a class
@@ -73,21 +73,6 @@ _SHORTEST = 1e-12
 """Smallest norm of a row, instead of zero: a row of zeros has cosine 0 with all others."""
 
 
-def leave_one_out(
-    rows: Rows, indices: Tensor, labels: Tensor, num_classes: int, groups: Tensor | None = None
-) -> Tensor:
-    """Return whether the nearest images of other groups predict the label of each image, (N,) bool.
-
-    Args:
-        rows: features (all images, D).
-        indices: (N,) int64, the images to use.
-        labels: (N,) int64, the labels of these images.
-        num_classes: K.
-        groups: (N,) int64; images of equal numbers do not vote for each other. By default each is a group.
-    """
-    return score_neighbours(rows, indices, labels, num_classes, SINGLE, groups) > 0
-
-
 def score_neighbours(
     rows: Rows,
     indices: Tensor,
@@ -98,12 +83,15 @@ def score_neighbours(
 ) -> Tensor:
     """Return the score of each image, predicted by the nearest images of other groups, (N,) float64.
 
-    It is :func:`leave_one_out` for labels of any kind: their mean is the metric ``target.additive_score``.
+    Their mean is the metric ``target.additive_score``.
 
     Args:
-        rows, indices, num_classes, groups: see :func:`leave_one_out`.
+        rows: features (all images, D).
+        indices: (N,) int64, the images to use.
         labels: (N,) int64, or (N, K) float32, as ``target`` encodes them.
+        num_classes: K.
         target: what the labels are.
+        groups: (N,) int64; images of equal numbers do not vote for each other. By default each is a group.
     """
     groups = torch.arange(len(indices)) if groups is None else groups
     return target.score_each(vote(rows, indices, labels, indices, num_classes, groups), labels)

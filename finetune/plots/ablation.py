@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ _ROW = 0.25
 
 @dataclass(frozen=True)
 class AblationRow:
-    """What removing a block changes. Errors are shares of images, in [0, 1].
+    """What removing a block changes.
 
     Attributes:
         name: the block.
-        increase: of the error, in [-1, 1].
+        increase: of the error, as a fraction.
         interval: its 95 % interval.
         is_claimed: whether the error changes significantly; it is then drawn in colour.
     """
@@ -29,14 +30,23 @@ class AblationRow:
     is_claimed: bool
 
 
-def draw_ablation(path: Path, rows: Sequence[AblationRow], error: float, title: str) -> None:
+def draw_ablation(
+    path: Path,
+    rows: Sequence[AblationRow],
+    error: float,
+    title: str,
+    label: str = "error",
+    is_share: bool = True,
+) -> None:
     """Draw the error without each block.
 
     Args:
         path: path of the PNG.
         rows: in the order of execution, the first at the top; at least one.
-        error: of the complete network, in [0, 1].
+        error: of the complete network, as a fraction.
         title: text above the plot.
+        label: what the error is.
+        is_share: whether no error is larger than 1; intervals end there.
 
     Raises:
         DiskError: the disk is full, or the folder cannot be written.
@@ -45,7 +55,7 @@ def draw_ablation(path: Path, rows: Sequence[AblationRow], error: float, title: 
     axes.grid(visible=False, axis="y")
     for place, row in enumerate(rows):
         value, colour = 100 * (error + row.increase), COLOURS[3] if row.is_claimed else FAINT
-        ends = [100 * min(max(error + end, 0.0), 1.0) for end in row.interval]
+        ends = [100 * min(max(error + end, 0.0), 1.0 if is_share else math.inf) for end in row.interval]
         axes.plot(ends, [place, place], color=colour, linewidth=2, solid_capstyle="round")
         axes.plot([value], [place], "o", color=colour, markersize=5)
     axes.axvline(100 * error, color=INK, linestyle=(0, (5, 4)), linewidth=1.2)
@@ -59,6 +69,6 @@ def draw_ablation(path: Path, rows: Sequence[AblationRow], error: float, title: 
     )
     axes.set_yticks(range(len(rows)), [to_label(row.name) for row in rows])
     axes.set_ylim(len(rows) + 0.3, -0.7)
-    axes.set(xlabel="error without the block in percent, and its 95 % interval (grey: no change claimed)")
+    axes.set(xlabel=f"{label} without the block in percent, and its 95 % interval (grey: no change claimed)")
     axes.set_title(wrap(title, 90), loc="left", fontsize=11)
     write_figure(path, figure)

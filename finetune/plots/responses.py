@@ -32,16 +32,18 @@ class ResponseRow:
         label: of the horizontal axis, with the unit.
         amounts: positions on that axis, A of them.
         distances: (L, N, A), of the features of L layers, for N images.
-        probabilities: (N, A), of the class of each image.
+        answers: (N, A), the probability of the class of each image, or its number.
     """
 
     label: str
     amounts: Sequence[float]
     distances: NDArray[np.float32]
-    probabilities: NDArray[np.float32]
+    answers: NDArray[np.float32]
 
 
-def draw_responses(path: Path, layers: Sequence[str], rows: Sequence[ResponseRow], title: str) -> None:
+def draw_responses(
+    path: Path, layers: Sequence[str], rows: Sequence[ResponseRow], title: str, has_classes: bool = True
+) -> None:
     """Draw the responses to transformations, a row of two panels for each.
 
     Args:
@@ -49,20 +51,22 @@ def draw_responses(path: Path, layers: Sequence[str], rows: Sequence[ResponseRow
         layers: names of the layers, at most :data:`MOST_LAYERS`, in order of depth.
         rows: at least one.
         title: text above the plot.
+        has_classes: whether the answers are probabilities, and not numbers.
 
     Raises:
         DiskError: the disk is full, or the folder cannot be written.
     """
     figure, panels = blank_panels(10.0, 2.9 * len(rows) + 0.6, len(rows), 2)
     figure.subplots_adjust(hspace=0.45, wspace=0.22)
+    answer, heading = ("probability", "probability of the class") if has_classes else ("number",) * 2
     for row, (left, right) in zip(rows, panels, strict=True):
         for name, values, colour in zip(layers, row.distances, COLOURS, strict=False):
             _draw_band(left, row.amounts, values, colour, to_label(name))
-        _draw_band(right, row.amounts, row.probabilities, INK, "probability")
+        _draw_band(right, row.amounts, row.answers, INK, answer)
         left.set(xlabel=row.label, ylabel="relative distance", ylim=(0, None))
-        right.set(xlabel=row.label, ylabel="probability", ylim=(-0.02, 1.02))
+        right.set(xlabel=row.label, ylabel=answer, ylim=(-0.02, 1.02) if has_classes else None)
     panels[0][0].set_title("distance of the features", loc="left", fontsize=10)
-    panels[0][1].set_title("probability of the class", loc="left", fontsize=10)
+    panels[0][1].set_title(heading, loc="left", fontsize=10)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="upper left", bbox_to_anchor=(0.06, 0.95), frameon=False, fontsize=8, ncols=7

@@ -105,7 +105,7 @@ def audit_background(run: Path, source: Source, output: Path, display: Display) 
     if not network.backbone.card.preprocessing.is_rgb:
         return Background(None, "its network takes no photographs")
     classes = require_classes(network)
-    found = find_labelled_images(recipe, classes, output, display)
+    found = find_labelled_images(recipe, network, output, display)
     images = _choose(found)
     if len(images) < FEWEST:
         return Background(None, f"{FEWEST} images to test are needed, and it has {len(images)}")
@@ -116,7 +116,7 @@ def _choose(found: LabelledImages) -> list[InputImage]:
     """Return at most :data:`MOST` images, of all classes in turns."""
     turns: dict[int, int] = {}
     ranked = []
-    for image, label in zip(found.images, found.labels, strict=True):
+    for image, label in zip(found.images, found.labels.tolist(), strict=True):
         turns[label] = turns.get(label, 0) + 1
         ranked.append((turns[label], label, image))
     return [image for _, _, image in sorted(ranked, key=lambda one: one[:2])[:MOST]]

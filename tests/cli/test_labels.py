@@ -324,12 +324,95 @@ def test_runs_of_two_kinds_are_not_compared(
     assert "has the score" in said.output
 
 
+def test_blocks_are_removed(run: Path, kind: str, tmp_path: Path) -> None:
+    """The complete network has the error of the run."""
+    invoke("explain", "ablate", run, "--workers", 0, "-o", tmp_path / "out")
+    record, metrics = read(tmp_path / "out" / "explain.json"), read(run / "metrics.json")
+    assert record["metric"] == {"multi": "map", "number": "r2"}[kind]
+    assert record["error"] == pytest.approx(1 - float(str(metrics[record["metric"]])), abs=1e-3)
+    table = pd.read_csv(tmp_path / "out" / "ablation.csv")
+    assert (table["low"] <= table["increase"]).all() and (table["increase"] <= table["high"]).all()
+    assert table["error"].to_numpy() == pytest.approx(record["error"] + table["increase"], abs=1e-5)
+    assert table["increase"].abs().max() > 0.01
+
+
+def test_answers_to_changed_images_are_followed(run: Path, kind: str, tables: Path, tmp_path: Path) -> None:
+    """Of the class of an image that has one, and the most probable one of others; or of the number."""
+    told = pd.read_csv(run / "predictions.csv", keep_default_na=False)
+    words = ("explain", "invariance", run, "--layer", "last", "--workers", 0)
+    invoke(*words, "--data", tables / f"{kind}.csv", "-o", tmp_path / "out")
+    name = {"multi": "probabilities", "number": "values"}[kind]
+    found = np.load(tmp_path / "out" / "invariance.npz")
+    still = found[f"translation_{name}"][:, 5]
+    if kind == "number":
+        expected = told["predicted"].astype(float).to_numpy()
+    else:
+        alone = [label if label and "|" not in label else None for label in told["label"]]
+        best = told[[f"prob_{name}" for name in ("blue", "green", "red")]].max(axis=1)
+        expected = np.array(
+            [
+                probability if own is None else told[f"prob_{own}"][row]
+                for row, (own, probability) in enumerate(zip(alone, best, strict=True))
+            ]
+        )
+        assert None in alone and len({*alone}) > 2
+    assert still == pytest.approx(expected, abs=1e-3)
+    table = pd.read_csv(tmp_path / "out" / "invariance.csv")
+    assert {*table["value"]} == {"distance", {"multi": "probability", "number": "value"}[kind]}
+
+
+def test_class_images_need_classes(run: Path, kind: str, tmp_path: Path, cli: Cli) -> None:
+    words = ("explain", "class", run, "--class", "red", "--seeds", 1, "-o", tmp_path / "out")
+    result = cli(*words)
+    if kind == "number":
+        assert result.exit_code == ExitCode.USAGE and "it predicts numbers" in result.stderr
+        return
+    assert result.exit_code == 0, result.output
+    (row,) = pd.read_csv(tmp_path / "out" / "class-images.csv").to_dict("records")
+    assert row["probability"] == pytest.approx(1 / (1 + np.exp(-row["score"])), abs=1e-3)
+
+
+def test_feature_maps_add_to_the_most_probable_output(
+    run: Path, kind: str, tables: Path, tmp_path: Path
+) -> None:
+    invoke("explain", "maps", run, tables / "0.png", "--workers", 0, "-o", tmp_path / "out")
+    (name,) = {*pd.read_csv(tmp_path / "out" / "maps.csv")["class"]}
+    invoke("predict", run, tables / "0.png", "-o", tmp_path / "told.csv")
+    told = pd.read_csv(tmp_path / "told.csv").iloc[0]
+    columns = [column for column in told.index if column.startswith("prob_")]
+    best = max(columns, key=lambda column: told[column]).removeprefix("prob_") if columns else "value"
+    assert name == best
+
+
+def test_labels_of_another_kind_are_refused(
+    run: Path, image_folder: Path, tmp_path: Path, cli: Cli, kind: str
+) -> None:
+    result = cli("explain", "ablate", run, "--data", image_folder, "-o", tmp_path / "out")
+    assert result.exit_code == ExitCode.DATA and f"those of {kind}" in result.stderr
+
+
+@pytest.mark.slow
+def test_backbones_are_ranked(kind: str, tables: Path, tiny: Path, tmp_path: Path, cli: Cli) -> None:
+    """A network whose last stage is dead tells nothing."""
+    from safetensors.torch import load_file, save_file
+
+    dead = shutil.copytree(tiny, tmp_path / "dead")
+    state = load_file(dead / "model.safetensors")
+    dark = {key: 0 * value if "layer4" in key else value for key, value in state.items()}
+    save_file(dark, dead / "model.safetensors")
+    words = ("-d", tables / f"{kind}.csv", "--workers", 0, "--json")
+    result = cli("advise", "--backbones", f"{dead},{tiny}", *words)
+    assert result.exit_code == 0, result.output
+    first, second = json.loads(result.stdout)
+    assert first["metric"] == "r2" and str(tiny) in first["backbone"]
+    assert first["score"] > second["score"] + 0.1
+
+
 def test_no_other_command_takes_them_for_classes(run: Path, kind: str, tmp_path: Path, cli: Cli) -> None:
     commands = [
         ("probe", "--run", run, "--classifiers", "svm", "-o", tmp_path / "probe"),
         ("forecast", run, "-o", tmp_path / "forecast"),
-        ("explain", "ablate", run, "-o", tmp_path / "ablate"),
-        ("explain", "class", run, "-o", tmp_path / "class"),
+        ("audit", run, "-o", tmp_path / "audit"),
         ("predict", run, tmp_path, "--top", 2, "-o", tmp_path / "top.csv"),
     ]
     for words in commands:

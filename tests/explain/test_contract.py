@@ -70,7 +70,12 @@ METHODS: dict[str, Method] = {
     "randomisation": _randomise,
     "class image": _climb,
     "invariance": lambda network, images: measure_responses(
-        network, [FeaturePoint("", 0, False)], images, torch.tensor(CLASSES), "scale"
+        network,
+        [FeaturePoint("", 0, False)],
+        images,
+        torch.tensor(CLASSES),
+        "scale",
+        partial(torch.softmax, dim=1),
     ),
     "ablation": _ablate,
 }

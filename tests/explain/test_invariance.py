@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -55,18 +57,21 @@ class Mean(nn.Module):
         return self.pixels(images).mean(dim=(2, 3))
 
 
+SHARES = partial(torch.softmax, dim=1)
+
+
 def points(*names: str) -> list[FeaturePoint]:
     return [FeaturePoint(name, 0, False) for name in names]
 
 
 def test_a_network_of_mean_colours_sees_no_quarter_turn() -> None:
     network, images = Mean().eval(), noise(SIZE)
-    found = measure_responses(network, points("pixels", ""), images, torch.tensor([0, 2]), "rotation")
+    found = measure_responses(network, points("pixels", ""), images, torch.tensor([0, 2]), "rotation", SHARES)
     quarters = [AMOUNTS["rotation"].index(90.0 * number) for number in range(5)]
-    assert found.distances.shape == (2, 2, 25) and found.probabilities.shape == (2, 25)
+    assert found.distances.shape == (2, 2, 25) and found.answers.shape == (2, 25)
     assert torch.allclose(found.distances[1][:, quarters], torch.zeros(2, 5), atol=1e-4)
     assert (found.distances[0][:, quarters[1:4]] > 0.5).all()
-    middle = found.probabilities[:, quarters]
+    middle = found.answers[:, quarters]
     assert torch.allclose(middle, middle[:, :1].expand(2, 5), atol=1e-5)
 
 
@@ -74,7 +79,9 @@ def test_a_network_of_mean_colours_sees_no_quarter_turn() -> None:
 def test_distances_and_probabilities_by_hand(kind: str) -> None:
     network, images, classes = build("test_resnet"), noise(SIZE), torch.tensor([1, 4])
     names = ("layer1", "layer4")
-    found = measure_responses(network, points(*names), images, classes, kind, temperature=2.0)
+    found = measure_responses(
+        network, points(*names), images, classes, kind, lambda values: (values / 2).softmax(dim=1)
+    )
     amount = len(AMOUNTS[kind]) - 2
     moved = transform_images(images, kind, AMOUNTS[kind][amount])
     with torch.no_grad():
@@ -91,7 +98,7 @@ def test_distances_and_probabilities_by_hand(kind: str) -> None:
                 expected = (other - one).norm() / one.norm()
                 assert found.distances[row, index, amount] == pytest.approx(expected.item(), rel=1e-4)
         shares = (network(moved) / 2).softmax(dim=1)
-    assert torch.allclose(found.probabilities[:, amount], shares[[0, 1], classes], atol=1e-6)
+    assert torch.allclose(found.answers[:, amount], shares[[0, 1], classes], atol=1e-6)
     same = AMOUNTS[kind].index(IDENTITY[kind])
     assert not found.distances[:, :, same].any()
 
@@ -100,7 +107,7 @@ def test_everything_is_given_back() -> None:
     network = build("test_resnet")
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError):
-        measure_responses(network, points("layer1"), noise(SIZE), torch.tensor([1, 1, 1]), "scale")
+        measure_responses(network, points("layer1"), noise(SIZE), torch.tensor([1, 1, 1]), "scale", SHARES)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert not any(module._forward_hooks for module in network.modules())

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from finetune.features import transferability as neighbours
 from finetune.features.rows import FileRows, MemoryRows
-from finetune.features.transferability import classify, leave_one_out, score_neighbours
-from finetune.targets import MultiLabel
+from finetune.features.transferability import classify, score_neighbours
+from finetune.targets import SINGLE, MultiLabel
 
 
 def draw(num_rows: int, width: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -46,8 +46,8 @@ def test_classes_are_scikit_learns(seed: int) -> None:
 def test_leaving_one_out_is_scikit_learns() -> None:
     rows, labels = draw(80, 12, 4, 3)
     predicted = cross_val_predict(build_reference(), rows, labels, cv=LeaveOneOut())
-    hits = leave_one_out(MemoryRows(rows), torch.arange(80), labels, 4)
-    assert hits.tolist() == (predicted == labels.numpy()).tolist()
+    hits = score_neighbours(MemoryRows(rows), torch.arange(80), labels, 4, SINGLE)
+    assert hits.bool().tolist() == (predicted == labels.numpy()).tolist()
 
 
 def test_numbers_are_scikit_learns_means() -> None:
@@ -62,18 +62,18 @@ def test_numbers_are_scikit_learns_means() -> None:
 def test_only_the_chosen_images_count() -> None:
     rows, labels = draw(90, 12, 4, 4)
     chosen = torch.randperm(90, generator=torch.Generator().manual_seed(0))[:50]
-    alone = leave_one_out(MemoryRows(rows[chosen]), torch.arange(50), labels[chosen], 4)
-    assert leave_one_out(MemoryRows(rows), chosen, labels[chosen], 4).equal(alone)
+    alone = score_neighbours(MemoryRows(rows[chosen]), torch.arange(50), labels[chosen], 4, SINGLE)
+    assert score_neighbours(MemoryRows(rows), chosen, labels[chosen], 4, SINGLE).equal(alone)
 
 
 @pytest.mark.parametrize("num_bytes", [1, 4 * 70 * 3, 4 * 70 * 33])
 def test_blocks_change_nothing(num_bytes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows, labels = draw(70, 12, 4, 5)
-    whole = leave_one_out(MemoryRows(rows), torch.arange(70), labels, 4)
+    whole = score_neighbours(MemoryRows(rows), torch.arange(70), labels, 4, SINGLE)
     rows.numpy().tofile(tmp_path / "rows")
     monkeypatch.setattr(neighbours, "_BLOCK_BYTES", num_bytes)
     kept = FileRows(tmp_path / "rows", (70, 12), torch.float32)
-    assert leave_one_out(kept, torch.arange(70), labels, 4).equal(whole)
+    assert score_neighbours(kept, torch.arange(70), labels, 4, SINGLE).equal(whole)
 
 
 def test_of_equally_near_images_the_first_vote() -> None:
@@ -100,7 +100,7 @@ def test_near_images_outvote_many_far_ones() -> None:
 
 def test_fewer_images_than_neighbours() -> None:
     rows = MemoryRows(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]]))
-    assert leave_one_out(rows, torch.arange(3), torch.tensor([0, 0, 1]), 2).tolist() == [True, True, False]
+    assert score_neighbours(rows, torch.arange(3), torch.tensor([0, 0, 1]), 2, SINGLE).tolist() == [1, 1, 0]
 
 
 def test_an_image_without_features_is_near_to_none() -> None:

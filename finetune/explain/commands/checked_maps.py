@@ -18,8 +18,9 @@ from finetune.explain.checks.deletion import Advantages, measure_advantage
 from finetune.explain.checks.randomisation import measure_randomisation
 from finetune.explain.checks.verdicts import Check, judge_deletion, judge_randomisation, withhold
 from finetune.explain.commands.images import ImageBatch, ImageReader
+from finetune.explain.commands.model import find_target
 from finetune.features.network import Network
-from finetune.targets import Target, decide, read_target
+from finetune.targets import Target, decide
 from pretrained.graph.structures import tensors_in
 
 BATCH = 16
@@ -58,7 +59,7 @@ class MapJob:
     @property
     def target(self) -> Target:
         """What the labels of the network are."""
-        return read_target(dict(self.network.backbone.card.target))
+        return find_target(self.network)
 
     def describe(self, row: MapRow) -> str:
         """Return what the network says of an image."""

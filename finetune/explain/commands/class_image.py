@@ -28,7 +28,13 @@ from finetune.data.transforms import Normalizer, draw_view
 from finetune.errors import UsageError, count
 from finetune.explain.class_image import CONTRAST, NUM_STEPS, compute_class_images
 from finetune.explain.class_score import find_scores
-from finetune.explain.commands.model import find_class, open_model, require_classes, require_images
+from finetune.explain.commands.model import (
+    find_class,
+    find_target,
+    open_model,
+    require_classes,
+    require_images,
+)
 from finetune.explain.commands.record import say_written, write_arrays, write_record
 from finetune.features.network import Network
 from finetune.plots.sheet import CELL, Grid, Tile, write_grid
@@ -37,7 +43,7 @@ from finetune.runs.files import write_csv
 from finetune.runs.new_folder import new_folder
 from finetune.runs.outcome import translated_errors
 from finetune.system.display import Display
-from finetune.targets import decide, to_probabilities
+from finetune.targets import decide
 from pretrained.preprocessing import Preprocessing
 
 MOST_CLASSES = 10
@@ -132,7 +138,7 @@ def _compute(
         views = (255 * share).round().clamp(0, 255).to(torch.uint8)
     with torch.inference_mode():
         scores = scores_of(normalize(views.to(device))).cpu()
-    probabilities, predicted = to_probabilities(scores / card.temperature), decide(scores)
+    probabilities, predicted = find_target(network).activate(scores / card.temperature), decide(scores)
     return [
         _Drawn(
             views[number],

@@ -1,11 +1,12 @@
-"""``finetune explain invariance``: responses of features and probabilities to moved, scaled, turned images.
+"""``finetune explain invariance``: responses of features and answers to moved, scaled, turned images.
 
 ::
 
     invariance.png    three rows of curves: distances by layer, and the probability of the class
+                      (or the number)
     invariance.csv    transformation, amount, layer, median and quartiles over the images
     invariance.npz    ``paths`` (N,), and of each transformation ``amounts`` (A,), ``distances`` (L, N, A),
-                      ``probabilities`` (N, A)
+                      ``probabilities`` (N, A), or ``values`` of a number
     explain.json      model, layers, number of images, versions
 
 Shape legend: N images, L layers, A amounts.
@@ -24,7 +25,7 @@ from finetune.data.inputs import InputImage
 from finetune.errors import UsageError
 from finetune.explain.commands.images import ImageReader, find_images
 from finetune.explain.commands.labelled import find_labelled_images
-from finetune.explain.commands.model import find_class, open_model, require_classes
+from finetune.explain.commands.model import find_class, find_target, name_outputs, open_model
 from finetune.explain.commands.record import say_written, write_arrays, write_record
 from finetune.explain.invariance import AMOUNTS, Responses, measure_responses
 from finetune.features.network import Network
@@ -66,7 +67,7 @@ def explain_invariance(
         output: a new folder.
         layers: names of layers, separated by commas; None for the stages, and the input of the classifier.
         class_name: the class whose probability is measured; None for that of the labels of ``--data``, and
-            for the predicted class of images that are named one by one.
+            for the predicted class of images that have several, or are named one by one.
         display: shows progress.
 
     Returns:
@@ -77,20 +78,21 @@ def explain_invariance(
     """
     with translated_errors():
         network = open_model(recipe, display)
-        classes = require_classes(network)
         chosen = _choose_layers(network, layers)
-        labels = _find(recipe, images, classes, class_name, output, display)
+        labels = _find(recipe, images, network, class_name, output, display)
         with new_folder(output) as folder:
             reader = ImageReader(network)
             with display.track("transforming images", len(labels) * len(AMOUNTS)) as advance:
                 paths, responses = _measure(network, chosen, labels, reader, advance)
             reader.report_bad(folder, len(labels), display)
+            has_classes = find_target(network).has_classes
             rows = [_to_row(kind, responses[kind]) for kind in AMOUNTS]
-            _write_numbers(folder, chosen, paths, responses)
+            _write_numbers(folder, chosen, paths, responses, has_classes)
             title = f"{network.backbone.card.name}: medians and quartiles over {len(paths)} images"
-            draw_responses(folder / "invariance.png", [layer.name for layer in chosen], rows, title)
+            names = [layer.name for layer in chosen]
+            draw_responses(folder / "invariance.png", names, rows, title, has_classes)
             facts: dict[str, Any] = {
-                "layers": [layer.name for layer in chosen],
+                "layers": names,
                 "class": class_name,
                 "num_images": len(paths),
                 "num_bad": len(reader.bad),
@@ -115,20 +117,21 @@ def _choose_layers(network: Network, names: str | None) -> Sequence[Layer]:
 def _find(
     recipe: Recipe,
     images: Sequence[str],
-    classes: Sequence[str],
+    network: Network,
     class_name: str | None,
     output: Path,
     display: Display,
 ) -> dict[InputImage, int | None]:
     """Return the images, each with the index of its class; None for the predicted class."""
+    classes = name_outputs(network)
     if class_name is not None or images:
         wanted = None if class_name is None else find_class(classes, class_name)
         found: dict[InputImage, int | None] = dict.fromkeys(
             find_images(recipe, images, output, display), wanted
         )
     else:
-        labelled = find_labelled_images(recipe, classes, output, display)
-        found = dict(zip(labelled.images, labelled.labels, strict=True))
+        labelled = find_labelled_images(recipe, network, output, display)
+        found = dict(zip(labelled.images, labelled.outputs, strict=True))
     if len(found) > MOST_IMAGES:
         display.note(f"{MOST_IMAGES} of {len(found)} images are measured, evenly spaced")
         places = np.linspace(0, len(found) - 1, MOST_IMAGES).round().astype(int)
@@ -146,13 +149,16 @@ def _measure(
 ) -> tuple[list[str], dict[str, Responses]]:
     """Return the paths of the images that could be read, and their responses."""
     model, points = network.backbone.network, [layer.point for layer in layers]
+    target, temperature = find_target(network), network.backbone.card.temperature
     paths: list[str] = []
     parts: dict[str, list[Responses]] = {kind: [] for kind in AMOUNTS}
     for batch in reader.read(list(labels), _BATCH):
         with torch.inference_mode():
             predicted = decide(tensors_in(model(batch.pixels))[0]).tolist()
         known = [labels[image] for image in batch.images]
-        classes = [other if own is None else own for own, other in zip(known, predicted, strict=True)]
+        outputs = torch.tensor(
+            [other if own is None else own for own, other in zip(known, predicted, strict=True)]
+        )
         paths += [image.path for image in batch.images]
         for kind, found in parts.items():
             found.append(
@@ -160,9 +166,9 @@ def _measure(
                     model,
                     points,
                     batch.pixels,
-                    torch.tensor(classes),
+                    outputs,
                     kind,
-                    network.backbone.card.temperature,
+                    lambda values: target.activate(values / temperature),
                 )
             )
             advance(len(batch.images), kind)
@@ -171,34 +177,41 @@ def _measure(
 
 def _join(parts: Sequence[Responses]) -> Responses:
     distances = torch.cat([part.distances for part in parts], dim=1)
-    return Responses(distances, torch.cat([part.probabilities for part in parts]))
+    return Responses(distances, torch.cat([part.answers for part in parts]))
 
 
 def _to_row(kind: str, found: Responses) -> ResponseRow:
     factor = 100 if kind == "translation" else 1
     amounts = [factor * amount for amount in AMOUNTS[kind]]
-    return ResponseRow(_LABELS[kind], amounts, found.distances.numpy(), found.probabilities.numpy())
+    return ResponseRow(_LABELS[kind], amounts, found.distances.numpy(), found.answers.numpy())
 
 
 def _write_numbers(
-    folder: Path, layers: Sequence[Layer], paths: Sequence[str], responses: dict[str, Responses]
+    folder: Path,
+    layers: Sequence[Layer],
+    paths: Sequence[str],
+    responses: dict[str, Responses],
+    has_classes: bool,
 ) -> None:
+    one, several = ("probability", "probabilities") if has_classes else ("value", "values")
     arrays = {"paths": np.array(paths)}
     for kind, found in responses.items():
         arrays |= {
             f"{kind}_amounts": np.array(AMOUNTS[kind]),
             f"{kind}_distances": found.distances.numpy(),
-            f"{kind}_probabilities": found.probabilities.numpy(),
+            f"{kind}_{several}": found.answers.numpy(),
         }
     write_arrays(folder / "invariance.npz", **arrays)
-    write_csv(folder / "invariance.csv", list(_list_rows(layers, responses)), _COLUMNS)
+    write_csv(folder / "invariance.csv", list(_list_rows(layers, responses, one)), _COLUMNS)
 
 
-def _list_rows(layers: Sequence[Layer], responses: dict[str, Responses]) -> Iterator[tuple[object, ...]]:
+def _list_rows(
+    layers: Sequence[Layer], responses: dict[str, Responses], answer: str
+) -> Iterator[tuple[object, ...]]:
     for kind, found in responses.items():
         for number, layer in enumerate(layers):
             yield from _quartiles(kind, layer.name, "distance", found.distances[number].numpy())
-        yield from _quartiles(kind, "", "probability", found.probabilities.numpy())
+        yield from _quartiles(kind, "", answer, found.answers.numpy())
 
 
 def _quartiles(kind: str, layer: str, value: str, numbers: Any) -> Iterator[tuple[object, ...]]:

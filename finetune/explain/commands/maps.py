@@ -25,7 +25,7 @@ from PIL import Image
 
 from finetune.explain.commands.images import ImageBatch, ImageReader, find_images
 from finetune.explain.commands.layers import find_map_layer
-from finetune.explain.commands.model import find_class, open_model, require_classes
+from finetune.explain.commands.model import find_class, name_outputs, open_model
 from finetune.explain.commands.record import say_written, write_arrays, write_record
 from finetune.explain.feature_maps import compute_feature_maps
 from finetune.explain.positions import MapPosition
@@ -106,7 +106,7 @@ def explain_maps(
     """
     with translated_errors():
         network = open_model(recipe, display)
-        classes = require_classes(network)
+        classes = name_outputs(network)
         wanted = None if class_name is None else find_class(classes, class_name)
         name, position = find_map_layer(network, layer)
         found = find_images(recipe, images, output, display)

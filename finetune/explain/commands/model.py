@@ -11,7 +11,7 @@ from finetune.evaluation.predictor import resolve_names
 from finetune.features.network import Network, open_network
 from finetune.recipe import Recipe
 from finetune.system.display import Display
-from finetune.targets import make_unique
+from finetune.targets import Target, make_unique, read_target
 from pretrained.catalog import Card
 
 
@@ -34,16 +34,22 @@ def open_model(recipe: Recipe, display: Display) -> Network:
         raise UsageError(asked, error.found, error.fix.replace("--backbone ", "")) from None
 
 
+def find_target(network: Network) -> Target:
+    """Return what the labels of the network are."""
+    return read_target(dict(network.backbone.card.target))
+
+
 def require_classes(network: Network) -> tuple[str, ...]:
-    """Return the names of the model's classes in index order, of which an image has one.
+    """Return the names of the model's classes in index order.
 
     Raises:
-        UsageError: the weights hold no classifier, or an image has several classes, or a number.
+        UsageError: the weights hold no classifier, or the labels are numbers.
     """
-    if card_target := dict(network.backbone.card.target):
-        found = f"its labels are of the kind {card_target['kind']}"
-        fix = "Name a model of one class an image."
-        raise UsageError(f"the model {network.backbone.card.name}", found, fix)
+    if not find_target(network).has_classes:
+        fix = "Name a model of classes."
+        raise UsageError(
+            f"the model {network.backbone.card.name}", "it predicts numbers, and no classes", fix
+        )
     return name_outputs(network)
 
 
