@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from finetune.data.dataset import SPLITS
 from finetune.recipe import Recipe
+from finetune.report.mistakes import Mistake, list_mistakes
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import CsvRow, PredictionRow, RunReader
 from finetune.targets import Target, name_target
@@ -76,6 +77,7 @@ class Facts:
             ``split.csv`` lists only evaluated images.
         check: content of ``check.json``.
         environment: content of ``environment.json``.
+        answers: all columns of ``predictions.csv`` where labels are not one class an image.
         advice: content of ``advice.json``.
         recipe: content of ``recipe.yaml``; None if it cannot be read.
         damaged: names of files that exist and cannot be read.
@@ -89,6 +91,7 @@ class Facts:
     numbers: tuple[tuple[float, float], ...] = ()
     per_class: tuple[CsvRow, ...] = ()
     predictions: tuple[PredictionRow, ...] = ()
+    answers: tuple[CsvRow, ...] = ()
     history: tuple[Mapping[str, float], ...] = ()
     plan: tuple[CsvRow, ...] = ()
     split: tuple[CsvRow, ...] = ()
@@ -149,9 +152,14 @@ class Facts:
         ]
 
     @cached_property
-    def mistakes(self) -> list[PredictionRow]:
-        """Wrong predictions, the most confident first."""
-        return sorted((row for row in self.predictions if not row.is_right), key=lambda row: -row.confidence)
+    def mistakes(self) -> list[Mistake]:
+        """Wrong answers, the worst first."""
+        return list_mistakes(self.target, map(vars, self.predictions) if self.predictions else self.answers)
+
+    @property
+    def num_answers(self) -> int:
+        """Number of evaluated images in ``predictions.csv``."""
+        return len(self.predictions or self.answers)
 
     @property
     def _rows_of_confusion(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -210,7 +218,7 @@ class Facts:
     def contradiction(self) -> str:
         """How ``predictions.csv`` disagrees with ``metrics.json``; empty if they agree."""
         num_samples, accuracy = self.number("num_samples"), self.number("accuracy")
-        rows = len(self.predictions)
+        rows = self.num_answers
         if not rows or num_samples is None:
             return ""
         if rows != num_samples:
@@ -254,6 +262,7 @@ def load_facts(folder: RunFolder) -> Facts:
         numbers=run.numbers,
         per_class=run.per_class,
         predictions=run.predictions,
+        answers=() if run.predictions else run.prediction_rows,
         history=run.history,
         plan=run.plan,
         split=run.split if folder.recipe.is_file() else (),

@@ -24,7 +24,7 @@ from finetune.explain.checks.randomisation import measure_randomisation
 from finetune.explain.checks.verdicts import judge_deletion, judge_randomisation, withhold
 from finetune.plots.overlay import draw_overlay
 from finetune.report.facts import Facts
-from finetune.runs.reader import PredictionRow
+from finetune.report.mistakes import Mistake
 from finetune.targets import read_target
 from pretrained.backbone import describe_stages
 from pretrained.catalog import Card
@@ -123,10 +123,10 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """A wrong prediction with its images: the network's input, and a heat map for each of the two classes."""
+class ShownMistake:
+    """A wrong answer with its images: the network's input, and a heat map for each output it is about."""
 
-    prediction: PredictionRow
+    mistake: Mistake
     panels: tuple[Panel, ...]
 
 
@@ -194,8 +194,8 @@ class Explainer:
 
 def show_mistakes(
     facts: Facts, album: Album, explainer: Explainer | None, advance: Callable[[], None]
-) -> list[Mistake]:
-    """Return at most ``MOST_MISTAKES`` mistakes, the most confident first.
+) -> list[ShownMistake]:
+    """Return at most ``MOST_MISTAKES`` mistakes, the worst first.
 
     Args:
         facts: content of the run's files.
@@ -204,29 +204,29 @@ def show_mistakes(
         advance: called after each mistake.
     """
     mistakes = facts.mistakes[:MOST_MISTAKES]
-    opened = [_open(prediction, album, explainer) for prediction in mistakes]
+    opened = [_open(mistake.path, album, explainer) for mistake in mistakes]
     seen = [view for view in opened if isinstance(view, Tensor)]
     known = [one for one, view in zip(mistakes, opened, strict=True) if isinstance(view, Tensor)]
-    maps: list[list[HeatMap]] = [[], []]
+    maps: list[list[HeatMap]] = []
     if explainer is not None and seen:
-        maps = explainer.explain(seen, [one.predicted for one in known], [one.label for one in known])
-    pairs = iter(zip(*maps, strict=True))
+        maps = explainer.explain(seen, *zip(*(one.outputs for one in known), strict=True))
+    of_each = iter(zip(*maps, strict=True))
     shown = []
-    for number, (prediction, view) in enumerate(zip(mistakes, opened, strict=True), start=1):
+    for number, (mistake, view) in enumerate(zip(mistakes, opened, strict=True), start=1):
         if isinstance(view, Tensor):
-            panels = _panels(number, prediction, album, view, next(pairs))
+            panels = _panels(number, mistake, album, view, next(of_each))
         else:
             panels = (Panel("image", view),)
-        shown.append(Mistake(prediction, panels))
+        shown.append(ShownMistake(mistake, panels))
         advance()
     return shown
 
 
-def _open(prediction: PredictionRow, album: Album, explainer: Explainer | None) -> Tensor | InlineImage:
+def _open(path: str, album: Album, explainer: Explainer | None) -> Tensor | InlineImage:
     """Return the network's input; without a network or a readable file, what is shown in its place."""
-    file = album.find(prediction.path)
+    file = album.find(path)
     if explainer is None or file is None:
-        return album.show_file(prediction.path, _SIDE)
+        return album.show_file(path, _SIDE)
     try:
         return explainer.transform(explainer.transform.open(file))
     except BadImageError as error:
@@ -234,15 +234,14 @@ def _open(prediction: PredictionRow, album: Album, explainer: Explainer | None) 
 
 
 def _panels(
-    number: int, prediction: PredictionRow, album: Album, view: Tensor, maps: Sequence[HeatMap]
+    number: int, mistake: Mistake, album: Album, view: Tensor, maps: Sequence[HeatMap]
 ) -> tuple[Panel, ...]:
     seen = draw_view(view)
     scale = _SIDE / max(seen.size)
     small = seen.resize((round(seen.width * scale), round(seen.height * scale)), Image.Resampling.LANCZOS)
     panels = [Panel("network input", album.show(small))]
-    wanted = (("predicted", prediction.predicted), ("true", prediction.label))
-    for (kind, label), heat in zip(wanted, maps, strict=True):
-        caption = f"evidence for {label}"
+    for kind, output, heat in zip(("predicted", "true"), mistake.outputs, maps, strict=False):
+        caption = f"evidence for {output}"
         if heat.values is None:
             panels.append(Panel(caption, InlineImage("", heat.reason)))
             continue

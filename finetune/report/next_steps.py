@@ -75,8 +75,8 @@ def _explain_the_gap(facts: Facts) -> Iterator[Step]:
 
 
 def _look_at_sure_mistakes(facts: Facts) -> Iterator[Step]:
-    sure = [mistake for mistake in facts.mistakes if mistake.confidence >= SURE]
-    if len(sure) >= 3:
+    sure = [mistake for mistake in facts.mistakes if mistake.size >= SURE]
+    if len(sure) >= 3 and facts.target.has_classes:
         yield (
             "Look at the most confident mistakes: some of them may be wrong labels. "
             f"`finetune check --run {shlex.quote(str(facts.folder.path))}` lists the probable ones.",

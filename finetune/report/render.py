@@ -22,7 +22,7 @@ from finetune import __version__
 from finetune.plots.svg import Plot, load_style
 from finetune.report import sections, tables
 from finetune.report.facts import Facts
-from finetune.report.images import Album, Mistake
+from finetune.report.images import Album, ShownMistake
 from finetune.report.next_steps import suggest_steps
 
 MOST_FINDINGS = 30
@@ -39,13 +39,15 @@ class Page:
     plots: list[Plot] = field(default_factory=list)
 
 
-def build_page(facts: Facts, album: Album, mistakes: Sequence[Mistake], command: str | None = None) -> Page:
+def build_page(
+    facts: Facts, album: Album, mistakes: Sequence[ShownMistake], command: str | None = None
+) -> Page:
     """Return the report of a run or an evaluation.
 
     Args:
         facts: content of the run's files.
         album: loads the sample images.
-        mistakes: the most confident mistakes, with their images.
+        mistakes: the worst mistakes, with their images.
         command: command line that started the run; None if unknown.
     """
     drawn = {

@@ -32,11 +32,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def format_confidence(share: float) -> str:
-    """Return a confidence as a percentage; a value below 1 is never rounded up to 100 %."""
-    return "more than 99.9 %" if 0.9995 <= share < 1 else percent(share)
-
-
 @dataclass(frozen=True)
 class ShownMetric:
     """A metric with its name and its 95 % interval, formatted as text."""

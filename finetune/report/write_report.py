@@ -11,7 +11,7 @@ from finetune.data.tables.config import TableConfig
 from finetune.errors import DiskError, FinetuneError, UsageError
 from finetune.exporters.folder import load_exported, staged
 from finetune.report.facts import Facts, load_facts
-from finetune.report.images import MOST_MISTAKES, Album, Explainer, Mistake, show_mistakes
+from finetune.report.images import MOST_MISTAKES, Album, Explainer, ShownMistake, show_mistakes
 from finetune.report.render import Page, build_page
 from finetune.runs.files import write_text
 from finetune.runs.folder import RunFolder
@@ -112,7 +112,7 @@ def _open_explainer(facts: Facts, card: Card | None, display: Display) -> Explai
     return None
 
 
-def _write(folder: RunFolder, page: Page, mistakes: list[Mistake]) -> None:
+def _write(folder: RunFolder, page: Page, mistakes: list[ShownMistake]) -> None:
     """Write the plots first, so that the page appears only after its plots."""
     with staged(folder.plots) as plots:
         for plot in page.plots:

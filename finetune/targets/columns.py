@@ -35,6 +35,23 @@ def read_classes(columns: Sequence[str]) -> list[str]:
     return [name.removeprefix(_PROBABILITY) for name in columns if name.startswith(_PROBABILITY)]
 
 
+def read_share(cell: str | float) -> float:
+    """Return the probability in a table cell.
+
+    Raises:
+        ValueError: it is no number from 0 to 1.
+    """
+    share = float(cell)
+    if not 0 <= share <= 1:  # also refuses nan
+        raise ValueError(f"{cell} is no probability")
+    return share
+
+
+def format_share(share: float) -> str:
+    """Return a probability as a percentage; a value below 1 is never rounded up to 100 %."""
+    return "more than 99.9 %" if 0.9995 <= share < 1 else f"{100 * share:.1f} %"
+
+
 def name_answer_columns(classes: Sequence[str], top: int = 1, with_rejected: bool = False) -> list[str]:
     """Return the columns of ``finetune predict``, whose images have no known label.
 

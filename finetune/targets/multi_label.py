@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune.targets.columns import name_probabilities
+from finetune.targets.columns import format_share, name_probabilities, read_share
 from finetune.targets.target import SEPARATOR, ClassWeights, Target, share_explained
 
 if TYPE_CHECKING:
@@ -112,6 +112,18 @@ class MultiLabel(Target):
         limits = self.thresholds or [DEFAULT_THRESHOLD] * len(classes)
         rows = zip(classes, values.tolist(), limits, strict=True)
         return SEPARATOR.join(name for name, value, limit in rows if value >= limit), None
+
+    def find_error(self, row: Mapping[str, Any]) -> tuple[float, tuple[str, ...], str] | None:
+        """Return what the probability of a class differs from the truth by, of the worst wrong class."""
+        true, named = ({*self.classes_of(row[column])} for column in ("label", "predicted"))
+        if true == named:
+            return None
+        shares = {
+            name: read_share(row[column]) for name in true ^ named for column in name_probabilities([name])
+        }
+        errors = {name: 1 - share if name in true else share for name, share in shares.items()}
+        worst = min(errors, key=lambda name: (-errors[name], name))
+        return errors[worst], (worst,), f"with {format_share(shares[worst])} for {worst}"
 
     def answer_columns(self, classes: Sequence[str], top: int, with_rejected: bool) -> list[str]:
         """Return path, label (the classes that are named) and all probabilities."""

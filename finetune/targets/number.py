@@ -5,6 +5,7 @@ Shape legend: N images, B batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -115,6 +116,13 @@ class Number(Target):
     def answer(self, values: npt.NDArray[np.float32], classes: Sequence[str]) -> tuple[str, float | None]:
         """Return the number."""
         return f"{values[0]:.9g}", None
+
+    def find_error(self, row: Mapping[str, Any]) -> tuple[float, tuple[str, ...], str] | None:
+        """Return the absolute error."""
+        error = float(row["predicted"]) - float(row["label"])
+        if not math.isfinite(error):
+            raise ValueError(f"{row['path']} has an error that is not finite")
+        return (abs(error), (OUTPUT,), f"off by {error:+.4g}") if error else None
 
     def answer_columns(self, classes: Sequence[str], top: int, with_rejected: bool) -> list[str]:
         """Return path, value, and the ends of its interval where a margin is known."""

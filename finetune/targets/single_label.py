@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from finetune.targets.columns import name_answer_columns
+from finetune.targets.columns import format_share, name_answer_columns, read_share
 from finetune.targets.target import ClassWeights, Target
 
 if TYPE_CHECKING:
@@ -255,6 +255,13 @@ class SingleLabel(Target):
         """Return the most probable class and its probability."""
         best = rank_classes(values, 1)[0]
         return classes[best], float(values[best])
+
+    def find_error(self, row: Mapping[str, Any]) -> tuple[float, tuple[str, ...], str] | None:
+        """Return the confidence in a wrong class, and the two classes."""
+        if row["label"] == row["predicted"]:
+            return None
+        share = read_share(row["confidence"])
+        return share, (row["predicted"], row["label"]), f"with {format_share(share)}"
 
     def answer_columns(self, classes: Sequence[str], top: int, with_rejected: bool) -> list[str]:
         """Return path, label, confidence, further classes and all probabilities."""

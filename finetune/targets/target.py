@@ -119,6 +119,18 @@ class Target(ABC):
         """Return the label that the answers of one image (K,) give, and its probability where it has one."""
 
     @abstractmethod
+    def find_error(self, row: Mapping[str, Any]) -> tuple[float, tuple[str, ...], str] | None:
+        """Return how wrong an answer is, which outputs that is about, and what is said of it; None if right.
+
+        Args:
+            row: the cells of an image in ``predictions.csv``, by column.
+
+        Raises:
+            ValueError: a number is damaged.
+            LookupError: a column is missing.
+        """
+
+    @abstractmethod
     def answer_columns(self, classes: Sequence[str], top: int, with_rejected: bool) -> list[str]:
         """Return the columns of ``finetune predict``, whose images have no known label.
 

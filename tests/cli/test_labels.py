@@ -94,6 +94,8 @@ def test_a_run_judges_its_kind(run: Path, kind: str) -> None:
     assert metrics[f"val_{score}"] == pytest.approx(pd.read_csv(run / "history.csv")[f"eval_{score}"].max())
     page = (run / "report.html").read_text(encoding="utf-8")
     assert {"multi": "mean average precision", "number": "mean absolute error"}[kind] in page
+    heading = {"multi": "The most confident mistakes", "number": "The largest errors"}[kind]
+    assert heading in page and page.count("evidence for") >= page.count('<p class="path">') > 5
     assert ("confusion" in page.lower()) == (run / "confusion_matrix.csv").exists() is False
 
 

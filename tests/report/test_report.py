@@ -98,9 +98,7 @@ def test_the_heat_maps_lie_beside_it(made: RunFolder) -> None:
 def test_mistakes_are_sorted_by_confidence(made: RunFolder) -> None:
     html = made.report.read_text(encoding="utf-8")
     shown = re.findall(r"Predicted <b>(\w+)</b> with ([\d.]+) %, but labelled <b>(\w+)</b>", html)
-    expected = [
-        (one.predicted, f"{100 * one.confidence:.1f}", one.label) for one in load_facts(made).mistakes[:12]
-    ]
+    expected = [(one.predicted, f"{100 * one.size:.1f}", one.label) for one in load_facts(made).mistakes[:12]]
     assert shown == expected
 
 

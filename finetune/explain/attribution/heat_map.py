@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-NO_EVIDENCE = "nothing in the image is evidence for this class: the map has no positive value"
+NO_EVIDENCE = "nothing in the image is evidence for this: the map has no positive value"
 CONSTANT = "the map has the same value everywhere"
 NOT_FINITE = "the gradient is not finite"
 ONE_CELL = "the map has a single cell"

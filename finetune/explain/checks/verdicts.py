@@ -79,7 +79,7 @@ def judge_deletion(advantages: Sequence[Advantages | None]) -> Check:
     passed = False if failed else None if interval is None or interval[0] <= 0 else True
     facts = {"advantage": mean, "interval": interval, "num_images": len(values)}
     spread = f", 95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
-    found = f"after deleting marked places first, the log odds of the class are lower by {mean:.2f} "
+    found = f"after deleting marked places first, the evidence is lower by {mean:.2f} "
     found += f"than after random ones (mean of {count(len(values), 'image')}{spread})"
     return Check("deletion", passed, f"Deletion: {_word(passed)}: {found}.", facts)
 
