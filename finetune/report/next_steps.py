@@ -193,7 +193,11 @@ def _add_images(facts: Facts) -> Iterator[Step]:
     if few:
         count, label = few[0]
         more = "" if len(few) == 1 else f", and {len(few) - 1} other classes have fewer than {FEW}"
-        yield "More training images would help most.", f"{label} has {count} training images{more}."
+        run = shlex.quote(str(facts.folder.path))
+        yield (
+            f"More training images would help most; `finetune forecast {run}` says by how much.",
+            f"{label} has {count} training images{more}.",
+        )
 
 
 def _judge_more(facts: Facts) -> Iterator[Step]:

@@ -22,6 +22,7 @@ from finetune import __version__
 from finetune.plots.svg import Plot, load_style
 from finetune.report import sections, tables
 from finetune.report.facts import Facts
+from finetune.report.further import find_audit, find_forecast
 from finetune.report.images import Album, ShownMistake
 from finetune.report.next_steps import suggest_steps
 
@@ -50,6 +51,7 @@ def build_page(
         mistakes: the worst mistakes, with their images.
         command: command line that started the run; None if unknown.
     """
+    forecast = find_forecast(facts.folder)
     drawn = {
         "metrics": _listed(sections.plot_metrics(facts)),
         "history": sections.plot_history(facts),
@@ -57,6 +59,7 @@ def build_page(
         "answers": _listed(sections.plot_answers(facts)),
         "calibration": sections.plot_calibration(facts),
         "seconds": _listed(sections.plot_seconds(facts)),
+        "forecast": _listed(forecast.plot if forecast else None),
     }
     style, script = load_style() + _load_part("page.css"), _load_part("sort.js")
     html = (
@@ -67,6 +70,8 @@ def build_page(
             plots=drawn,
             samples=sections.show_samples(facts, album),
             mistakes=mistakes,
+            forecast=forecast,
+            audit=find_audit(facts.folder, album),
             left_out=album.left_out,
             steps=suggest_steps(facts),
             has_heat=any(panel.content for mistake in mistakes for panel in mistake.panels),

@@ -90,6 +90,7 @@ class Audit:
         untested: why a test was not made, by its name.
         background: what the predictions of a run depend on; None without a run.
         can_alarm: whether the groups allow enough permutations for an alarm.
+        data: the images, or the run.
         output: the folder of the files.
     """
 
@@ -99,6 +100,7 @@ class Audit:
     untested: Mapping[str, str]
     background: Background | None
     can_alarm: bool
+    data: str
     output: str
 
     @property
@@ -110,6 +112,7 @@ class Audit:
         """Return plain JSON."""
         facts = dict(vars(self.independence))
         return {
+            "data": self.data,
             "output": self.output,
             "backbone": self.backbone,
             "level": LEVEL,
@@ -226,7 +229,8 @@ def _audit(source: Source, run: Path | None, output: Path, folder: Path) -> Audi
         display.warn("the groups are too few for an alarm: their labels have too few permutations")
     write_pictures(folder / SHEET, source, found, facts, background)
     name = source.network.backbone.card.name
-    return Audit(name, independence, tuple(found), untested, background, can_alarm, str(output))
+    data = str(Path(str(source.recipe.data.path)).absolute())
+    return Audit(name, independence, tuple(found), untested, background, can_alarm, data, str(output))
 
 
 def extract_regions(source: Source) -> tuple[dict[Region, Tensor], Tensor, Tensor]:

@@ -117,7 +117,7 @@ def test_the_images_of_a_target_are_where_the_curve_reaches_it() -> None:
     assert found.low is not None and found.high is not None
     assert found.low == pytest.approx((20 / 12) ** 2 * N * np.exp(-2 * 0.03 * 1.53), rel=0.02)
     assert found.low < found.images < found.high
-    assert "about 1,100 images" in found.describe() and "90%" in found.describe()
+    assert "about 1,100 images" in found.describe() and "90 %" in found.describe()
 
 
 def test_a_target_that_is_met_is_reached() -> None:
@@ -169,4 +169,5 @@ def test_an_answer_is_plain_json() -> None:
         "low": 400,
         "high": None,
         "reason": "",
+        "said": found.describe(),
     }

@@ -46,7 +46,7 @@ def _print(result: Forecast) -> None:
     from finetune.features.forecast.extrapolation import LEVEL
     from finetune.features.forecast.forecast import TIMES, can_say
 
-    level = f"{LEVEL:.0%} interval"
+    level = f"{100 * LEVEL:.0f} % interval"
     rows = [
         ["measured", f"{point.images:,}", f"{100 * point.accuracy:.1f} %", _range(point.low, point.high)]
         for point in result.measured

@@ -61,23 +61,27 @@ class Forecast:
     """The content of ``forecast.json``.
 
     Attributes:
+        data: the images, or the run whose images they are.
         backbone: name of the network.
         layers: names of the layers whose features are classified.
         num_images: labelled images at hand, without exact copies.
         num_groups: how many of them are independent: look-alikes and named groups count once.
         num_classes: number of classes.
         measured: points of the learning curve.
+        fitted: points of the fitted curve, close together.
         forecast: one, two and four times the images.
         limit: accuracy with any number of images; its interval depends most on the form of the curve.
         requirement: what the target needs; None without a target.
     """
 
+    data: str
     backbone: str
     layers: tuple[str, ...]
     num_images: int
     num_groups: int
     num_classes: int
     measured: tuple[CurvePoint, ...]
+    fitted: tuple[CurvePoint, ...]
     forecast: tuple[CurvePoint, ...]
     limit: CurvePoint
     requirement: Requirement | None
@@ -85,6 +89,7 @@ class Forecast:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
         return {
+            "data": self.data,
             "backbone": self.backbone,
             "layers": list(self.layers),
             "num_images": self.num_images,
@@ -92,6 +97,7 @@ class Forecast:
             "num_classes": self.num_classes,
             "level": LEVEL,
             "measured": [vars(point) for point in self.measured],
+            "fitted": [vars(point) for point in self.fitted],
             "forecast": [
                 {"times": times, **vars(point), "can_say": can_say(point)}
                 for times, point in zip(TIMES, self.forecast, strict=True)
@@ -162,7 +168,7 @@ def forecast(recipe: Recipe, target: float | None, output: Path, display: Displa
                 curve, groups = _measure(source, features, dataset)
             curves = fit_curves(curve, recipe.seed)
             result = _conclude(source, layers, curve, curves, groups, target)
-            write_results(folder, result, curves)
+            write_results(folder, result)
         display.say(f"{output}/forecast.json, forecast.csv, forecast.svg, forecast.png", style="bold")
         return result
 
@@ -246,13 +252,17 @@ def _conclude(
     target: float | None,
 ) -> Forecast:
     middle, low, high = find_interval(curves.limits())
+    measured = describe_measured(curve)
+    sizes = np.geomspace(measured[0].images, TIMES[-1] * curve.num_images, _NUM_DRAWN)
     return Forecast(
+        data=str(Path(str(source.recipe.data.path)).absolute()),
         backbone=source.network.backbone.card.name,
         layers=tuple(layer.name for layer in layers),
         num_images=curve.num_images,
         num_groups=len(torch.unique(groups)),
         num_classes=source.dataset.num_classes,
-        measured=describe_measured(curve),
+        measured=measured,
+        fitted=tuple(predict(curves, round(size)) for size in sizes),
         forecast=tuple(predict(curves, times * curve.num_images) for times in TIMES),
         limit=CurvePoint(0, middle, low, high),
         requirement=None if target is None else find_requirement(curves, target),
@@ -277,7 +287,7 @@ def predict(curves: CurveSample, images: int) -> CurvePoint:
     return CurvePoint(images, *find_interval(curves.accuracies(images)))
 
 
-def write_results(folder: Path, result: Forecast, curves: CurveSample) -> None:
+def write_results(folder: Path, result: Forecast) -> None:
     """Write ``forecast.json``, ``forecast.csv``, ``forecast.svg`` and ``forecast.png``.
 
     Raises:
@@ -291,10 +301,9 @@ def write_results(folder: Path, result: Forecast, curves: CurveSample) -> None:
         for point in points
     ]
     write_csv(folder / "forecast.csv", rows, COLUMNS)
-    sizes = np.geomspace(result.measured[0].images, result.forecast[-1].images, _NUM_DRAWN)
     drawn = LearningCurvePlot(
         measured=result.measured,
-        fitted=tuple(predict(curves, round(size)) for size in sizes),
+        fitted=result.fitted,
         forecast=result.forecast,
         target=None if result.requirement is None else result.requirement.target,
         title=f"{result.backbone}, a linear classifier on {', '.join(result.layers)}",

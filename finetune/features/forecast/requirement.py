@@ -41,7 +41,7 @@ class Requirement:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
-        return asdict(self)
+        return asdict(self) | {"said": self.describe()}
 
     def describe(self) -> str:
         """Return the answer as one sentence."""
@@ -53,7 +53,7 @@ class Requirement:
         assert self.images is not None and self.low is not None
         end = f"{_round(self.high):,}" if self.high else f"more than {MOST_TIMES} times those at hand"
         said = f"about {_round(self.images):,} images"
-        return f"{asked}: {said} ({LEVEL:.0%} interval: {_round(self.low):,} to {end})"
+        return f"{asked}: {said} ({100 * LEVEL:.0f} % interval: {_round(self.low):,} to {end})"
 
 
 def check_target(target: float) -> None:
