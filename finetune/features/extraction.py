@@ -254,10 +254,8 @@ def open_features(
         for split in splits:
             if samples := source.dataset.of(split):
                 kept.lost.clear()
-                places = [*_places(source, kept, layers, pool, split)]
-                if with_logits:
-                    places.append(_place_of_logits(source, kept, split))
-                open_loader = cache(partial(_open_loader, source, split, kept.batch_size, distributed, stack))
+                places = [*_places(source, kept, layers, pool, split, with_logits)]
+                open_loader = partial(_open_loader, source, kept, split, stack)
                 with cache_faults(kept.cache_dir.folder):
                     found.append(kept.rows(places, forward_of, open_loader, 0, f"features of {split} images"))
                 lost |= {samples[index].path: reason for index, reason in kept.lost.items()}
@@ -285,22 +283,25 @@ def _open_forward(source: Source, layers: Sequence[Layer], pool: Pool, missing: 
 
 
 def _open_loader(
-    source: Source, split: Split, batch_size: int, distributed: Distributed, stack: ExitStack
+    source: Source, kept: KeptRows, split: Split, stack: ExitStack, numbers: tuple[int, ...] | None
 ) -> ImageLoader:
+    """Return the loader of a split, or of the images with some numbers in it."""
     network, recipe = source.network, source.recipe
     preprocessing = network.backbone.card.preprocessing
-    batch_bytes = batch_size * preprocessing.view_bytes
+    batch_bytes = kept.batch_size * preprocessing.view_bytes
     workers, most = recipe.data.workers, 0
     if workers == "auto":
-        workers = resolve_workers(network.placement.device, batch_bytes, distributed.size)
-        most = resolve_most_workers(batch_bytes, distributed.size)
+        workers = resolve_workers(network.placement.device, batch_bytes, kept.distributed.size)
+        most = resolve_most_workers(batch_bytes, kept.distributed.size)
     samples = source.dataset.of(split)
-    num_batches = len(samples) // batch_size
+    if numbers is not None:
+        samples = tuple(samples[number] for number in numbers)
+    num_batches = len(samples) // kept.batch_size
     loader = ImageLoader(
         source.dataset,
         samples,
         build_eval_transform(preprocessing),
-        batch_size=batch_size,
+        batch_size=kept.batch_size,
         placement=network.placement,
         workers=min(workers, num_batches),
         max_workers=min(most, num_batches),
@@ -309,7 +310,7 @@ def _open_loader(
         shuffle=False,
         warn=source.display.warn,
         allow_lost=True,
-        distributed=distributed,
+        distributed=kept.distributed,
     )
     stack.callback(loader.close)
     return loader
@@ -319,34 +320,35 @@ def _open_loader(
 
 
 def _places(
-    source: Source, kept: KeptRows, layers: Sequence[Layer], pool: Pool, split: Split
+    source: Source,
+    kept: KeptRows,
+    layers: Sequence[Layer],
+    pool: Pool,
+    split: Split,
+    with_logits: bool = False,
 ) -> Iterator[RowSpec]:
-    shared = _shared_facts(source, kept, split, source.network.weights_below_head)
+    images = tuple(source.dataset.digests[sample.path] for sample in source.dataset.of(split))
+    shared = _shared_facts(source, kept) | describe_images(images)
     whole = shared | {"weights": source.network.weights}
     for layer in layers:
         width = layer.num_features(pool)
         facts = {"layer": [*layer.point], "pool": layer.pool_of(pool)}
         own = whole if source.network.layers.reads_head(layer) else shared
-        yield RowSpec({"kind": "layer"} | facts | {"numel": width} | own, width)
+        yield RowSpec({"kind": "layer"} | facts | {"numel": width} | own, width, images)
+    if with_logits:
+        width = source.network.backbone.card.num_classes
+        yield RowSpec({"kind": "logits", "numel": width} | whole, width, images)
 
 
-def _place_of_logits(source: Source, kept: KeptRows, split: Split) -> RowSpec:
-    width = source.network.backbone.card.num_classes
-    shared = _shared_facts(source, kept, split, source.network.weights)
-    return RowSpec({"kind": "logits", "numel": width} | shared, width)
-
-
-def _shared_facts(source: Source, kept: KeptRows, split: Split, weights: str) -> dict[str, Any]:
+def _shared_facts(source: Source, kept: KeptRows) -> dict[str, Any]:
     network, recipe = source.network, source.recipe
     card = network.backbone.card
-    images = describe_images([source.dataset.digests[sample.path] for sample in source.dataset.of(split)])
     return {
         "format": FORMAT,
         "batch_size": kept.batch_size,
-        "weights": weights,
+        "weights": network.weights_below_head,
         **describe_region(source.region),
         **describe_source(card, network.placement, _PRECISION, source.runtime, recipe.deterministic),
-        **images,
     }
 
 

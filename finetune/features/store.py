@@ -4,6 +4,9 @@ A resumed run uses them, and so does the next run on the same images, whatever i
 or number of epochs. The file name is a digest of what the rows depend on: weights, place in the network,
 views, images and their order, versions and hardware. One forward pass computes the rows of several places.
 
+Where a row depends on nothing but its image, the rows of images that other files hold are copied from these
+(:mod:`finetune.features.reuse`): a set with new images computes the rows of these alone, with the same bits.
+
 Shape legend: N images, B batch, D features of one place in the network.
 """
 
@@ -12,17 +15,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.data.dataset import Sample
 from finetune.data.loader import Batch, ImageLoader
 from finetune.errors import DataError
+from finetune.features.reuse import IMAGES, LOST, KnownRow, RowBlock, find_known_rows, join_rows
 from finetune.features.rows import FileRows, MemoryRows, Rows
 from finetune.runs.block_file import BlockFile, remove_unused
 from finetune.runs.cache_dir import FeatureCacheDir, wait_for_writer
@@ -32,7 +37,7 @@ from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from finetune.system.forward import ChunkedForward, autocast
 
-FORMAT = 1
+FORMAT = 2
 GPU_BATCH = 128
 """Number of images in a forward pass on a GPU."""
 MEMORY_BYTES = 2**26
@@ -63,10 +68,13 @@ class RowSpec:
     Attributes:
         facts: everything that the rows depend on; ``kind`` begins the file name, ``num_images`` is N.
         numel: number of features of an image, D.
+        images: sha256 of each image in order, if its row depends on its content and on no other image; else
+            empty.
     """
 
     facts: Mapping[str, Any]
     numel: int
+    images: tuple[str, ...] = ()
 
     @property
     def num_images(self) -> int:
@@ -87,6 +95,7 @@ class _Store:
     place: RowSpec
     file: BlockFile | None
     memory: Tensor | None
+    known: Mapping[str, KnownRow] = field(default_factory=dict)  # rows in other files
 
     @property
     def num_done(self) -> int:
@@ -115,7 +124,7 @@ class KeptRows:
         display: shows progress.
         check_unchanged: raises if images changed since their digests were taken.
         num_computed: images that went through the network.
-        num_found: rows of the first place that were cached.
+        num_found: rows of the first place that were cached, in its file or another one.
         lost: why each image could not be decoded, by index; its rows are NaN.
         distributed: processes of this machine. They compute missing batches in turns; the main process
             writes them, and all get the same rows.
@@ -140,7 +149,7 @@ class KeptRows:
         self,
         places: Sequence[RowSpec],
         open_forward: Callable[[tuple[int, ...]], Forward],
-        open_loader: Callable[[], ImageLoader],
+        open_loader: Callable[[tuple[int, ...] | None], ImageLoader],
         epoch: int,
         title: str,
     ) -> list[Rows]:
@@ -149,8 +158,8 @@ class KeptRows:
         Args:
             places: places in the network, over the same images.
             open_forward: returns the forward function of some of the places, by their index.
-            open_loader: returns an unshuffled loader with batches of :attr:`batch_size`; called only if rows
-                must be computed.
+            open_loader: returns an unshuffled loader with batches of :attr:`batch_size`, of the images with
+                these numbers (None: of all); called only if rows must be computed.
             epoch: the epoch of the loader's views.
             title: the title of the progress bar.
 
@@ -159,24 +168,46 @@ class KeptRows:
             OSError: a file cannot be written, and the rows do not fit in memory.
         """
         stores, fault = [_Store(place, None, None) for place in places], None
-        missing, done = self.distributed.share(lambda: self._find_missing(stores))
-        try:
-            if missing:
-                some = [stores[number] for number in missing]
-                self._compute(open_loader(), some, open_forward(tuple(missing)), done, epoch, title)
-        except (DataError, OSError) as error:
-            fault = error
+        with ExitStack() as stack:
+            missing, done, new = self.distributed.share(lambda: self._find_missing(stores, stack))
+            some = [stores[number] for number in missing]
+            try:
+                if missing:
+                    self._compute(
+                        open_loader, some, partial(open_forward, tuple(missing)), done, new, epoch, title
+                    )
+            except (DataError, OSError) as error:
+                fault = error
         return self._hand_round(stores, fault)
 
-    def _find_missing(self, stores: Sequence[_Store]) -> tuple[list[int], int]:
-        """Open the files; return the incomplete places, and the number of blocks that all of these have."""
+    def _find_missing(
+        self, stores: Sequence[_Store], stack: ExitStack
+    ) -> tuple[list[int], int, list[int] | None]:
+        """Open the files; return the incomplete places, the blocks that all of them have, and new images.
+
+        These are the images after those blocks whose rows no other file holds; None if none holds any.
+        """
         for store in stores:
             self._open(store)
         missing = [
             number for number, store in enumerate(stores) if store.num_done < self._num_blocks(store.place)
         ]
-        self.num_found += min(self.batch_size * stores[0].num_done, stores[0].place.num_images)
-        return missing, min((stores[number].num_done for number in missing), default=0)
+        done = min((stores[number].num_done for number in missing), default=0)
+        place = stores[0].place
+        self.num_found += min(self.batch_size * stores[0].num_done, place.num_images)
+        if not missing or not place.images:
+            return missing, done, None
+        start = done * self.batch_size
+        with self.display.count("looking for kept features") as tell:
+            for number in missing:
+                store, num_bytes = stores[number], row_bytes(stores[number].place.numel, self.dtype)
+                wanted = place.images[start:]
+                store.known = find_known_rows(
+                    self.cache_dir, store.place.facts, wanted, num_bytes, stack, tell
+                )
+        known = set.intersection(*(set(stores[number].known) for number in missing))
+        new = [image for image in range(start, place.num_images) if place.images[image] not in known]
+        return missing, done, new if known else None
 
     def _hand_round(self, stores: Sequence[_Store], fault: Exception | None) -> list[Rows]:
         """Return the rows in every process, or raise the error in all of them."""
@@ -250,12 +281,14 @@ class KeptRows:
         """Return whether a block holds the rows of its images, and reasons for some of these."""
         start = number * self.batch_size
         images = range(start, min(start + self.batch_size, place.num_images))
-        lost = block.note or {}
+        note = block.note or {}
+        lost = note.get(LOST, {}) if isinstance(note, dict) else None
         return (
             block.num_bytes == len(images) * row_bytes(place.numel, self.dtype)
             and isinstance(lost, dict)
             and lost.keys() <= set(map(str, images))
             and all(isinstance(reason, str) for reason in lost.values())
+            and note.get(IMAGES, []) == list(place.images[start : images.stop])
         )
 
     def _give_up_disk(self, error: OSError, fits_memory: bool) -> None:
@@ -267,7 +300,7 @@ class KeptRows:
 
     def _read(self, file: BlockFile, memory: Tensor | None) -> None:
         for block in file.blocks:
-            self.lost |= {int(index): reason for index, reason in (block.note or {}).items()}
+            self.lost |= {int(index): reason for index, reason in (block.note or {}).get(LOST, {}).items()}
         if memory is not None:
             found = torch.frombuffer(file.read(), dtype=DTYPES[self.dtype]).view(-1, memory.shape[1])
             memory[: len(found)] = found
@@ -275,59 +308,85 @@ class KeptRows:
     # --- computing -------------------------------------------------------------------------------
 
     def _compute(
-        self, loader: ImageLoader, stores: list[_Store], forward: Forward, done: int, epoch: int, title: str
+        self,
+        open_loader: Callable[[tuple[int, ...] | None], ImageLoader],
+        stores: list[_Store],
+        open_forward: Callable[[], Forward],
+        done: int,
+        new: list[int] | None,
+        epoch: int,
+        title: str,
     ) -> None:
-        """Compute the missing batches."""
-        widths = [store.place.numel for store in stores]
+        """Compute the missing rows, or copy them where other files hold them."""
+        total, images = stores[0].place.num_images, stores[0].place.images
+        computed = range(total) if new is None else frozenset(new)
         with (
-            self.display.track(title, len(loader.samples)) as advance,
+            self.display.track(title, total) as advance,
             torch.inference_mode(),
             autocast(self.device, self.precision),
         ):
             advance(done * self.batch_size, "")
-            own = self._run_all(loader, ChunkedForward(forward), widths, done, epoch)
-            for number, (rows, lost) in enumerate(self.distributed.merge(own), done):
+            own: Iterator[RowBlock] = iter(())
+            if new is None:
+                own = self._run_all(open_loader(None), open_forward(), stores, done, epoch)
+            elif new:
+                own = self._run_all(open_loader(tuple(new)), open_forward(), stores, 0, epoch)
+            blocks = self.distributed.merge(own)
+            if new is not None and self.distributed.is_main:
+                left = total - done * self.batch_size - len(new)
+                self.display.say(f"{title}: {left:,} of {total:,} images are kept from other commands")
+                known = [store.known for store in stores]
+                blocks = join_rows(blocks, known, images, done, self.batch_size, DTYPES[self.dtype])
+            for number, (rows, lost) in enumerate(blocks, done):
                 self.lost |= lost
                 for store, some in zip(stores, rows, strict=True):
                     self._store(store, number, some, lost)
-                self.num_computed += len(rows[0])
+                start = number * self.batch_size
+                num_new = sum(image in computed for image in range(start, start + len(rows[0])))
+                self.num_computed += num_new
+                self.num_found += len(rows[0]) - num_new
                 advance(len(rows[0]), "")
 
     def _run_all(
-        self, loader: ImageLoader, forward: ChunkedForward, widths: list[int], done: int, epoch: int
-    ) -> Iterator[tuple[list[Tensor], dict[int, str]]]:
+        self, loader: ImageLoader, forward: Forward, stores: Sequence[_Store], done: int, epoch: int
+    ) -> Iterator[RowBlock]:
         """Yield the rows of each place and the lost images, for every batch of this process."""
+        chunked, widths = ChunkedForward(forward), [store.place.numel for store in stores]
         batches = loader.batches(epoch, start=done)
         for number, batch in enumerate(batches):
             start = (done + self.distributed.rank + number * self.distributed.size) * self.batch_size
             samples = loader.samples[start : start + self.batch_size]
             self.check_unchanged(samples)
-            rows = self._run(forward, batch, start, len(samples), widths)
+            rows = self._run(chunked, batch, start, len(samples), widths, bool(stores[0].place.images))
             yield rows, _find_lost(samples, start, batch.lost)
 
     def _run(
-        self, forward: ChunkedForward, batch: Batch, start: int, size: int, widths: list[int]
+        self, forward: ChunkedForward, batch: Batch, start: int, size: int, widths: list[int], is_alone: bool
     ) -> list[Tensor]:
         """Return rows (size, D) of each place, NaN in those of lost images."""
-        dtype = DTYPES[self.dtype]
-        whole = len(batch.indices) == size
-        if whole:
-            rows = forward(batch.images).to("cpu", dtype)
+        dtype, number, images = DTYPES[self.dtype], len(batch.indices), batch.images
+        if is_alone and 0 < number < self.batch_size:
+            # The last bits depend on the size of a batch, but not on what is in it.
+            images = nn.functional.pad(images, (0, 0) * (images.ndim - 1) + (0, self.batch_size - number))
+        if number == size:
+            rows = forward(images)[:number].to("cpu", dtype)
         else:
             rows = torch.full((size, sum(widths)), math.nan, dtype=dtype)
-        if not whole and len(batch.indices):
-            rows[batch.indices - start] = forward(batch.images).to("cpu", dtype)
+        if 0 < number < size:
+            rows[batch.indices - start] = forward(images)[:number].to("cpu", dtype)
         return [part.contiguous() for part in torch.split(rows, widths, dim=1)]
 
     def _store(self, store: _Store, number: int, rows: Tensor, lost: Mapping[int, str]) -> None:
         """Write a block of rows to memory and to the file, unless the file already has it."""
+        start = number * self.batch_size
         if store.memory is not None:
-            start = number * self.batch_size
             store.memory[start : start + len(rows)] = rows
         if store.file is None or number < store.num_done:
             return
+        images = store.place.images[start : start + len(rows)]
+        note = ({IMAGES: list(images)} if images else {}) | ({LOST: dict(lost)} if lost else {})
         try:
-            store.file.append(rows.view(torch.uint8).numpy().tobytes(), dict(lost) or None)
+            store.file.append(rows.view(torch.uint8).numpy().tobytes(), note or None)
         except OSError as error:
             self._files.remove(store.file)
             store.file.discard()  # on a full disk, an incomplete file is useless

@@ -288,7 +288,7 @@ def _rows_of(
         own = {"augmentation": augmentation, "view": view}
         spec = RowSpec(facts | own | images, facts["numel"])
         which = f"{split}, view {view + 1} of {len(views)}" if len(views) > 1 else split
-        rows += kept.rows([spec], forward_of, open_loader, view, f"running the trunk ({which})")
+        rows += kept.rows([spec], forward_of, lambda _: open_loader(), view, f"running the trunk ({which})")
     return rows
 
 
