@@ -31,6 +31,7 @@ _MODULES = {
     "explain_saliency": "finetune.api",
     "explain_top": "finetune.api",
     "export": "finetune.api",
+    "extend": "finetune.api",
     "extract": "finetune.api",
     "forecast": "finetune.api",
     "load": "finetune.evaluation.predictor",

@@ -17,6 +17,7 @@ from finetune.api import explain_receptive_field as explain_receptive_field
 from finetune.api import explain_saliency as explain_saliency
 from finetune.api import explain_top as explain_top
 from finetune.api import export as export
+from finetune.api import extend as extend
 from finetune.api import extract as extract
 from finetune.api import forecast as forecast
 from finetune.api import predict as predict

@@ -12,7 +12,7 @@ from finetune.errors import UsageError, count
 from pretrained.catalog import Card, HeadChoice
 from pretrained.graph.classifier import classifier_layers, head_parameters
 from pretrained.graph.stages import Stage, find_stages
-from pretrained.heads import change_head
+from pretrained.heads import change_head, read_rows, write_rows
 from pretrained.loading import Match, load_weights
 from pretrained.network import build_network, build_outline, with_published_dropout
 from pretrained.patches import check_patches
@@ -56,6 +56,7 @@ def load_backbone(
     weights: str | None = None,
     offline: bool = False,
     pretrained: bool = True,
+    keeps_rows: bool = False,
 ) -> Backbone:
     """Build a network for these classes and load its weights.
 
@@ -68,9 +69,11 @@ def load_backbone(
         weights: file or folder to use instead of the card's weights.
         offline: never access the internet.
         pretrained: False keeps random weights (strategy ``scratch``).
+        keeps_rows: the new classifier begins with the rows of the classes that the network knows by name.
 
     Raises:
-        UsageError: the head cannot be replaced or kept, or the weights belong to another network.
+        UsageError: the head cannot be replaced or kept, none of its classes is known, or the weights belong
+            to another network.
         EnvironmentFaultError: the weights are not on this machine and cannot be downloaded.
     """
     if head == "keep":
@@ -92,13 +95,16 @@ def load_backbone(
         check_digest(path, card.sha256)
     old_head = head_parameters(network)
     if path is not None:
-        match = load_weights(network, card, path, old_head, load_head=head == "keep")
+        match = load_weights(network, card, path, old_head, load_head=keeps_rows or head == "keep")
         if weights is not None:
             match = _with_note(match, check_twins(network, card, path))
     else:
         match = Match("", 0, len(network.state_dict()))
         card = _without_weights(card)
+    rows = read_rows(network) if keeps_rows else []
     change_head(network, len(classes), head, dropout)
+    if keeps_rows and pretrained:
+        write_rows(network, rows, card.label_names, classes)
     new_card = replace(
         card,
         num_classes=len(classes),

@@ -10,10 +10,12 @@ Shape legend: B batch, C channels, H W pixels, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import timm
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from finetune.errors import UsageError
 from pretrained.catalog import HeadChoice
@@ -84,6 +86,47 @@ def init_classifier(layer: nn.Linear | nn.Conv2d) -> None:
     nn.init.trunc_normal_(layer.weight, std=HEAD_STD)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+Row = tuple[Tensor, Tensor | None]
+"""Weights (K, ...) of a layer that gives the logits of K classes, and its bias (K,)."""
+
+
+def read_rows(network: nn.Module) -> list[Row]:
+    """Return copies of the weights and biases of a network's classifier, one layer after the other."""
+    return [
+        (layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone())
+        for layer in classifier_layers(network)
+    ]
+
+
+def write_rows(network: nn.Module, rows: Sequence[Row], old: Sequence[str], new: Sequence[str]) -> None:
+    """Give the classes of a new classifier that an old one had the same weights.
+
+    Args:
+        network: with the new classifier; it is changed.
+        rows: of the old classifier (:func:`read_rows`).
+        old: its classes in index order.
+        new: the classes of the new one.
+
+    Raises:
+        UsageError: the classifiers have no class in common, or other layers.
+    """
+    known = {name: index for index, name in enumerate(old)}
+    pairs = [(index, known[name]) for index, name in enumerate(new) if name in known]
+    layers = classifier_layers(network)
+    if not pairs:
+        found = f"the network knows none of the classes (it knows {', '.join(old[:3]) or 'no names'})"
+        raise UsageError("strategy.head=extend", found, "Take head=replace.")
+    if [layer.weight.shape[1:] for layer in layers] != [weight.shape[1:] for weight, _ in rows]:
+        found = "the network's classifier has other layers than a new one"
+        raise UsageError("strategy.head=extend", found, "Take head=replace.")
+    into, out_of = map(list, zip(*pairs, strict=True))
+    with torch.no_grad():
+        for layer, (weight, bias) in zip(layers, rows, strict=True):
+            layer.weight[into] = weight[out_of]
+            if bias is not None and layer.bias is not None:
+                layer.bias[into] = bias[out_of]
 
 
 def _change_timm_head(network: Any, num_classes: int, choice: HeadChoice, dropout: float) -> None:

@@ -29,6 +29,7 @@ FUNCTIONS = (
         "compare",
         "evaluate",
         "export",
+        "extend",
         "extract",
         "forecast",
         "load",

@@ -33,6 +33,7 @@ from finetune.api.explain_units import (
     explain_receptive_field,
     explain_top,
 )
+from finetune.api.extend import extend
 from finetune.api.forecast import forecast
 
 __all__ = (
@@ -55,6 +56,7 @@ __all__ = (
     "explain_saliency",
     "explain_top",
     "export",
+    "extend",
     "extract",
     "forecast",
     "predict",

@@ -24,7 +24,6 @@ from finetune.cli import (
     recipes,
     report,
     retrieve,
-    run,
 )
 from finetune.cli.group import ValueShowingGroup
 from finetune.cli.judging import audit
@@ -32,6 +31,7 @@ from finetune.cli.measuring import forecast
 from finetune.cli.output import print_line, replace_closed_streams
 from finetune.cli.processes import leave
 from finetune.cli.serving import jobs, serve
+from finetune.cli.training import extend, run
 from finetune.cli.unknown import RecipeCommand
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run", cls=RecipeCommand)(run.run_command)
+app.command("extend", cls=RecipeCommand)(extend.extend_command)
 app.command("check", cls=RecipeCommand)(check.check_command)
 app.command("audit", cls=RecipeCommand)(audit.audit_command)
 app.command("advise", cls=RecipeCommand)(advise.advise_command)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+UNREADABLE = "unreadable"
+"""Stands for the sha256 of an image that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +238,6 @@ def sort_issues(issues: Sequence[Issue]) -> tuple[Issue, ...]:
 def describe_images(dataset: Dataset, digests: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
     """Return label, split and SHA-256 of every image, by path."""
     return {
-        sample.path: (dataset.label_of(sample), sample.split, digests.get(sample.path, "unreadable"))
+        sample.path: (dataset.label_of(sample), sample.split, digests.get(sample.path, UNREADABLE))
         for sample in dataset.samples
     }

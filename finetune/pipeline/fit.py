@@ -164,7 +164,7 @@ def _train(context: FitContext, first: LinearHead | None) -> tuple[FitResult, Pr
     with ExitStack() as stack:
         with clock.phase("trunk"):
             loaders = stack.enter_context(open_loaders(context, digests))
-        keeps_head = recipe.strategy.head == "keep" or _start_head(network, first)
+        keeps_head = recipe.strategy.head in ("keep", "extend") or _start_head(network, first)
         trainer = _build_trainer(context, loaders)
         with clock.phase("measure"):
             # Random features are not worth measuring.

@@ -305,8 +305,8 @@ def _check_strategy(recipe: Recipe) -> None:
         found = f"--strategy {strategy.name} trains the stages that these features come from"
         fix = f"Take --strategy {join_names(accept=lambda one: one.solvable)}."
         raise UsageError(f"strategy.features={strategy.features}", found, fix)
-    if strategy.features is not None and strategy.head == "keep":
-        found = "head=keep keeps the classifier, and features solves a new one"
+    if strategy.features is not None and strategy.head in ("keep", "extend"):
+        found = f"head={strategy.head} keeps the classifier, and features solves a new one"
         raise UsageError(f"strategy.features={strategy.features}", found, "Drop one of the two.")
     given = {"probe_first": strategy.probe_first, "floor": strategy.floor}
     for key, value in given.items():
@@ -319,11 +319,12 @@ def _check_strategy(recipe: Recipe) -> None:
 def _load_backbone(recipe: Recipe, card: Card, classes: Sequence[str], distributed: Distributed) -> Backbone:
     """Load the weights in the main process, and give them to all others."""
     seed_everything(recipe.seed, "head")
-    dropout = recipe.strategy.dropout
+    dropout, head = recipe.strategy.dropout, recipe.strategy.head
     backbone = load_backbone(
         card,
         classes=classes,
-        head=recipe.strategy.head,
+        head="replace" if head == "extend" else head,
+        keeps_rows=head == "extend",
         dropout=None if dropout == "auto" else dropout,
         weights=recipe.backbone.weights,
         offline=recipe.backbone.offline or not distributed.is_main,

@@ -16,7 +16,7 @@ from finetune.targets import ClassWeights, Monitor, TargetKind
 
 Auto = Literal["auto"]
 Runtime = Literal["torch", "onnxruntime"]
-HeadChoice = Literal["replace", "keep", "drop_fc"]
+HeadChoice = Literal["replace", "keep", "extend", "drop_fc"]
 Resize = Literal["crop", "squash", "pad"]
 Augmentation = Literal["none", "shift", "light", "medium", "heavy"]
 Optimizer = Literal["sgd", "adamw"]
@@ -170,7 +170,8 @@ class StrategySettings(Section):
     head: HeadChoice = Field(
         "replace",
         description="replace: a new linear classifier; keep: the network's own classifier, for the same "
-        "labels; drop_fc: a new one that also replaces the fully connected layers before it (VGG, AlexNet)",
+        "labels; extend: a new one that begins with the network's own rows for the classes that it knows; "
+        "drop_fc: a new one that also replaces the fully connected layers before it (VGG, AlexNet)",
     )
     top_stages: int = Field(1, ge=1, description="number of stages before the head that count as the top")
     head_factor: float = Field(

@@ -121,6 +121,11 @@ class RunFolder:
         return self.path / "history.csv"
 
     @property
+    def forgotten(self) -> Path:
+        """Scores on old classes, of the run that ``finetune extend`` was given and of this one."""
+        return self.path / "forgotten.csv"
+
+    @property
     def metrics(self) -> Path:
         """The final metrics."""
         return self.path / "metrics.json"

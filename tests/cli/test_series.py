@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from finetune.cli.series import drop_seed
+from finetune.cli.training.series import drop_seed
 from tests.conftest import Cli, draw_folder
 
 QUICK = ("--workers", 0, "--batch-size", 8, "--set", "input.augmentation=none")

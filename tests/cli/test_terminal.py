@@ -65,6 +65,14 @@ class Place(NamedTuple):
         return next((self.data / "val" / f"blue{HIDDEN}").iterdir())
 
     @property
+    def more(self) -> Path:
+        """Images of a class that the run does not have."""
+        folder = self.new / f"green{HIDDEN}"
+        for seed in range(6):
+            draw(folder / f"{EVIL}\n{seed}.jpg", (40, 200, 60), 500 + seed)
+        return folder.parent
+
+    @property
     def new(self) -> Path:
         """A folder that does not exist."""
         return self.root / f"{EVIL}{len(list(self.root.iterdir()))}"
@@ -148,6 +156,7 @@ DONE: dict[str, Words] = {
     ),
     "forecast": lambda at: (at.run, "-o", at.new, "--target-accuracy", 0.5),
     "audit": lambda at: (at.run, "-o", at.new),
+    "extend": lambda at: (at.run, "-d", at.more, "-o", at.new, "--epochs", 1),
     "similar": lambda at: (at.image, "-b", at.tiny, "-d", at.data, "-o", at.new, *WORDS),
     "map": lambda at: ("-b", at.tiny, "-d", at.data, "-o", at.new, *WORDS),
     "pull": lambda at: (at.run,),
@@ -189,6 +198,7 @@ REFUSED: dict[str, tuple[int, Words]] = {
     "probe": (2, lambda at: ("-b", at.tiny, "-d", at.data, "--classifiers", EVIL, *WORDS)),
     "forecast": (2, lambda at: (at.root / EVIL, "-o", at.new)),
     "audit": (2, lambda at: (at.root / EVIL, "-o", at.new)),
+    "extend": (65, lambda at: (at.run, "-d", at.root / EVIL, "-o", at.new)),
     "similar": (65, lambda at: (at.root / EVIL, "-b", at.tiny, "-d", at.data, *WORDS)),
     "map": (2, lambda at: ("-b", at.tiny, "-d", at.data, "--method", EVIL, *WORDS)),
     "export": (2, lambda at: (at.run, "-o", at.data)),

@@ -896,7 +896,7 @@ def test_a_recipe_called_like_a_strategy_uses_it(name: str) -> None:
 def test_the_example_command_of_a_shipped_recipe_names_flags_that_exist(name: str) -> None:
     import inspect
 
-    from finetune.cli.run import run_command
+    from finetune.cli.training.run import run_command
 
     lines = re.findall(r"^#\s+(finetune run .*)$", find_recipe(name), re.MULTILINE)
     assert lines

@@ -17,7 +17,7 @@ from finetune.cli.processes import (
     joined_processes,
     start_processes,
 )
-from finetune.cli.series import Member, find_series, fix_backbone, run_series
+from finetune.cli.training.series import Member, find_series, fix_backbone, run_series
 from finetune.errors import UsageError
 from finetune.launch.processes import is_in_job, is_started_here
 from finetune.launch.supervisor import Supervisor
