@@ -24,6 +24,7 @@ _MODULES = {
     "explain_deconv": "finetune.api",
     "explain_evolution": "finetune.api",
     "explain_filters": "finetune.api",
+    "explain_influence": "finetune.api",
     "explain_invariance": "finetune.api",
     "explain_localise": "finetune.api",
     "explain_maps": "finetune.api",

@@ -10,6 +10,7 @@ from finetune.api import explain_class as explain_class
 from finetune.api import explain_deconv as explain_deconv
 from finetune.api import explain_evolution as explain_evolution
 from finetune.api import explain_filters as explain_filters
+from finetune.api import explain_influence as explain_influence
 from finetune.api import explain_invariance as explain_invariance
 from finetune.api import explain_localise as explain_localise
 from finetune.api import explain_maps as explain_maps

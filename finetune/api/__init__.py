@@ -24,7 +24,7 @@ from finetune.api.commands import (
     run,
 )
 from finetune.api.explain import explain_cam, explain_localise, explain_saliency
-from finetune.api.explain_networks import explain_ablate, explain_class, explain_invariance
+from finetune.api.explain_networks import explain_ablate, explain_class, explain_influence, explain_invariance
 from finetune.api.explain_units import (
     explain_deconv,
     explain_evolution,
@@ -49,6 +49,7 @@ __all__ = (
     "explain_deconv",
     "explain_evolution",
     "explain_filters",
+    "explain_influence",
     "explain_invariance",
     "explain_localise",
     "explain_maps",

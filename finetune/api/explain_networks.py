@@ -101,3 +101,29 @@ def explain_ablate(
     with loading_torch(display) as shown:
         from finetune.explain.commands.ablation import explain_ablate as write_ablation
     return write_ablation(wanted, Path(fspath(output)), shown)
+
+
+def explain_influence(
+    model: AnyPath,
+    images: AnyPath | Sequence[AnyPath] = (),
+    *,
+    output: AnyPath,
+    recipe: Recipe | None = None,
+    display: Display | None = None,
+    **flags: Unpack[Flags],
+) -> dict[str, Any]:
+    """Name the training images that answers of a solved classifier depend on (docs/explain.md).
+
+    Args:
+        model: a finished run with ``strategy.features``.
+        images: evaluated images; by default its most confident mistakes.
+        output: a new folder for ``influence.png``, ``influence.csv`` and ``explain.json``.
+        recipe, display, flags: see :func:`finetune.explain_cam`.
+
+    Returns:
+        The content of ``explain.json``, and the path of the output.
+    """
+    wanted = build_model_recipe(model, recipe, flags)
+    with loading_torch(display) as shown:
+        from finetune.explain.commands.influence import explain_influence as write_influence
+    return write_influence(wanted, list_paths(images), Path(fspath(output)), shown)

@@ -28,6 +28,7 @@ _COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "class": networks.class_command,
     "invariance": networks.invariance_command,
     "ablate": networks.ablate_command,
+    "influence": networks.influence_command,
 }
 
 for _name, _command in _COMMANDS.items():

@@ -117,6 +117,17 @@ class TrainingRows:
         matrix, labels, groups = (one[chosen] for one in (self.matrix, self.labels, self.groups))
         return replace(self, matrix=matrix, labels=labels, groups=groups)
 
+    def project(self, images: Tensor) -> Tensor:
+        """Return any images (B,), by their indices into all rows, as rows of the matrix, (B, R + 1)."""
+        scaled = self._standardised
+        if self._turn is None:
+            inner = scaled.take_others(images)
+        else:
+            blocks = [(start, stop, images) for start, stop in scaled.blocks()]
+            products = [scaled.columns(*block) @ scaled.columns(*block[:2]).T for block in blocks]
+            inner = torch.stack(products).sum(dim=0) @ self._turn
+        return torch.nn.functional.pad(inner.float(), (0, 1), value=1.0)
+
     def strength(self, kind: Kind, multiple: float) -> float:
         """Return C for a multiple of its natural unit."""
         return multiple / (self._loss(kind).initial_curvature * max(self.mean_square, _LEAST_SQUARE))

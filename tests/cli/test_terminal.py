@@ -65,6 +65,14 @@ class Place(NamedTuple):
         return next((self.data / "val" / f"blue{HIDDEN}").iterdir())
 
     @property
+    def solved(self) -> Path:
+        """A run whose classifier is solved."""
+        run = self.new
+        words = ("-s", "freeze", "--set", "strategy.features=last", "--workers", 0)
+        said(0, "run", "-b", self.tiny, "-d", self.data, *words, "-o", run)
+        return run
+
+    @property
     def more(self) -> Path:
         """Images of a class that the run does not have."""
         folder = self.new / f"green{HIDDEN}"
@@ -124,6 +132,7 @@ OF_IMAGES = (
     "invariance",
 )
 """What `finetune explain` shows of images."""
+OF_NETWORKS = ("class", "ablate", "influence")
 DONE: dict[str, Words] = {
     "run": lambda at: (
         "-b",
@@ -169,6 +178,7 @@ DONE: dict[str, Words] = {
     "cache clear": lambda at: (),
     "backbones chart": lambda at: ("resnet18", "mobilenetv3_small_050", "-o", at.new),
     "explain ablate": lambda at: (at.run, "-o", at.new, *WORDS),
+    "explain influence": lambda at: (at.solved, at.image, "-o", at.new),
     "explain class": lambda at: (at.run, "-o", at.new, "--seeds", 1, *WORDS),
     **{f"explain {name}": lambda at: (at.run, at.image, "-o", at.new, *WORDS) for name in OF_IMAGES},
 }
@@ -217,7 +227,10 @@ REFUSED: dict[str, tuple[int, Words]] = {
     "jobs list": (2, lambda at: ("--state", EVIL)),
     "jobs pull": (2, lambda at: (EVIL, "-o", at.new)),
     **{f"jobs {name}": (2, lambda at: (EVIL,)) for name in OF_JOBS},
-    **{f"explain {name}": (2, lambda at: (EVIL, "-o", at.new)) for name in (*OF_IMAGES, "class", "ablate")},
+    **{
+        f"explain {name}": (2, lambda at: (EVIL, "-o", at.new))
+        for name in (*OF_IMAGES, "class", "ablate", "influence")
+    },
 }
 """Exit code and words of a refusal that names what was given."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,3 +151,50 @@ def test_images_that_cannot_be_read_are_listed(cli: Cli, tiny: Path, tmp_path: P
     record = explain(cli, tmp_path / "out", "invariance", tiny, folder, "--layer", "layer1")
     assert (record["num_images"], record["num_bad"]) == (1, 1)
     assert "broken.jpg" in (tmp_path / "out" / "bad_images.csv").read_text()
+
+
+def test_mistakes_are_traced_to_training_images(
+    cli: Cli, tiny: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    """Red images that are labelled blue make red ones blue: they are named, and without them it is right."""
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    wrong = sorted((data / "train/red").iterdir())[:-2]
+    for file in wrong:
+        file.rename(data / "train/blue" / f"wrong-{file.name}")
+    words = ("-b", tiny, "-d", data, "-s", "freeze", "--set", "strategy.features=all", "--workers", 0)
+    assert cli("run", *words, "-o", tmp_path / "run").exit_code == 0
+    record = explain(cli, tmp_path / "out", "influence", tmp_path / "run")
+    mistakes = [one for one in record["answers"] if (one["label"], one["predicted"]) == ("red", "blue")]
+    assert mistakes
+    rows = read_csv(tmp_path / "out/influence.csv")
+    for one in mistakes:
+        own = [row for row in rows if row["path"] == one["path"]]
+        assert float(own[0]["change"]) < 0 and "wrong-" in own[0]["training_path"]
+        named = one["changed_without"]
+        assert named and sum("wrong-" in path for path in named) > len(named) / 2
+    named = next(iter((data / "val/green").iterdir()))
+    record = explain(cli, tmp_path / "one", "influence", tmp_path / "run", named)
+    assert [one["predicted"] for one in record["answers"]] == ["green"]
+
+
+@pytest.mark.parametrize("wrong", ["trained", "no run", "other image", "data", "no mistake"])
+def test_influence_is_refused(
+    cli: Cli, finished_run: FinishedRun, image_folder: Path, tiny: Path, tmp_path: Path, wrong: str
+) -> None:
+    run, words, said = finished_run("full"), [], "trained"
+    if wrong == "no run":
+        run, said = tiny, "finished run"
+    elif wrong != "trained":
+        run = tmp_path / "run"
+        settings = ("-s", "freeze", "--set", "strategy.features=all", "--workers", 0)
+        assert cli("run", "-b", tiny, "-d", image_folder, *settings, "-o", run).exit_code == 0
+        given = {
+            "other image": ([next((image_folder / "train/red").iterdir())], "did not evaluate"),
+            "data": (["--data", image_folder], "those of the run"),
+            "no mistake": ([], "misclassified"),
+        }
+        words, said = given[wrong]
+    result = cli("explain", "influence", run, *words, "-o", tmp_path / "out")
+    assert result.exit_code == 2 and said in result.stderr, result.stderr
+    assert not (tmp_path / "out").exists()

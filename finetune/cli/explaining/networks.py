@@ -69,3 +69,15 @@ def ablate_command(
     from finetune import api
 
     return api.explain_ablate(model, output=output, recipe=recipe)
+
+
+def influence_command(
+    recipe: Recipe,
+    model: str,
+    output: OutputFolder,
+    images: ImagesArgument = None,
+) -> dict[str, Any]:
+    """Name the training images that cause answers of a solved classifier, by default its mistakes."""
+    from finetune import api
+
+    return api.explain_influence(model, images or (), output=output, recipe=recipe)
