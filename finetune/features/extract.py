@@ -40,9 +40,8 @@ from finetune.features.tables import LayerRows, TableFormat, check_format, check
 from finetune.recipe import Recipe
 from finetune.runs.cache_dir import FeatureCacheDir
 from finetune.runs.claim import check_name, create_folder, locked
-from finetune.runs.files import name_result, remove_folder, sync_folder, write_csv, write_json
+from finetune.runs.files import name_result, read_object, remove_folder, sync_folder, write_csv, write_json
 from finetune.runs.outcome import translated_errors
-from finetune.runs.reader import read_object
 from finetune.system.display import Display
 from finetune.system.distributed import SINGLE_PROCESS, Distributed
 from pretrained.graph.layers import Layer

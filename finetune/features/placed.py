@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.runs.files import name_result, write_json
-from finetune.runs.reader import read_object
+from finetune.runs.files import name_result, read_object, write_json
 
 KEY = "placed"
 """Key of the record: for each name, size, time in nanoseconds and inode of what was placed there."""

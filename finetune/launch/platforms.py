@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import DiskError, FinetuneError, UsageError
-from finetune.runs.files import write_text
-from finetune.runs.reader import read_object
+from finetune.runs.files import read_object, write_text
 
 LONGEST_FAILURE = 1024
 """Number of characters of a failure message that SageMaker shows."""

@@ -206,6 +206,25 @@ def read_rows(
     return [dict(zip(header, map(unescape_formula, row), strict=True)) for row in rows]
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file.
+
+    Raises:
+        OSError: it cannot be opened, is not a file, or is too large.
+        ValueError: it is not a JSON object in UTF-8, or has half of a character, which nothing can show.
+    """
+    with open_text(path, MOST_BYTES) as file:
+        text = file.read()
+    try:
+        content = json.loads(text)
+        json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
+
+
 def damaged_file(path: Path, error: Exception) -> DataError:
     """Return the DataError for a file that exists but cannot be read."""
     reason = error.strerror if isinstance(error, OSError) else None

@@ -7,7 +7,6 @@ them yet. So an absent file reads as None or as empty; the caller checks for wha
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune.errors import FinetuneError, UsageError
-from finetune.runs.files import damaged_file, read_rows, unescape_formula
+from finetune.runs.files import damaged_file, read_object, read_rows, unescape_formula
 from finetune.runs.folder import RunFolder
 from finetune.system.regular_files import MOST_BYTES, bounded_lines, open_text
 from finetune.targets import PREDICTION_COLUMNS, read_classes
@@ -137,6 +136,11 @@ class RunReader:
         return self._object(self.folder.advice)
 
     @cached_property
+    def budget(self) -> Mapping[str, Any]:
+        """What ``--budget`` tried, and what it chose."""
+        return self._object(self.folder.budget)
+
+    @cached_property
     def trunk(self) -> Mapping[str, Any]:
         """How the network was cut so that its frozen part runs once: ``cut`` and ``reason``."""
         return self._object(self.folder.trunk)
@@ -254,25 +258,6 @@ def require_run(path: Path) -> Recipe:
         found = "it is not a run folder, or the run has not started training"
         raise UsageError(f"--run {path}", found, "Name the --output of a `finetune run`.")
     return recipe
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a file.
-
-    Raises:
-        OSError: it cannot be opened, is not a file, or is too large.
-        ValueError: it is not a JSON object in UTF-8, or has half of a character, which nothing can show.
-    """
-    with open_text(path, MOST_BYTES) as file:
-        text = file.read()
-    try:
-        content = json.loads(text)
-        json.dumps(content, ensure_ascii=False).encode()
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(content, dict):
-        raise ValueError("it is not a JSON object")
-    return content
 
 
 def _load_recipe(path: Path) -> Recipe | None:

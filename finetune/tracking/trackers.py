@@ -16,9 +16,8 @@ from typing import Any
 
 from finetune.errors import EnvironmentFaultError, InterruptedRunError
 from finetune.recipe import Recipe, TrackerName
-from finetune.runs.files import write_json
+from finetune.runs.files import read_object, write_json
 from finetune.runs.folder import RunFolder
-from finetune.runs.reader import read_object
 from finetune.system.display import Display
 from finetune.tracking.tracker import End, Tracker, describe_run, flatten_metrics
 

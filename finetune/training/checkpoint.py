@@ -34,8 +34,15 @@ from safetensors import SafetensorError
 from finetune import __version__
 from finetune.errors import DataError, DiskError
 from finetune.recipe import TrainingSettings
-from finetune.runs.files import disk_error, free_bytes, remove_folder, sync_folder, write_bytes, write_json
-from finetune.runs.reader import read_object
+from finetune.runs.files import (
+    disk_error,
+    free_bytes,
+    read_object,
+    remove_folder,
+    sync_folder,
+    write_bytes,
+    write_json,
+)
 from finetune.training.state import Checkpoint, Progress, Snapshot
 
 NUM_KEPT = 2

@@ -50,8 +50,7 @@ from finetune.data.layout import (
 )
 from finetune.data.layouts.split_folders import choose, is_plain, parse
 from finetune.runs.cache_dir import make_once
-from finetune.runs.files import write_json
-from finetune.runs.reader import read_object
+from finetune.runs.files import read_object, write_json
 from finetune.system.regular_files import open_regular, open_text
 
 Progress = Callable[[int, int], None]
