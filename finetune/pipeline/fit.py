@@ -188,7 +188,7 @@ def _train(context: FitContext, first: LinearHead | None) -> tuple[FitResult, Pr
         images,
         precision=trainer.precision,
         dtype=recipe.cache.dtype,
-        facts=describe_training(dataset, trainer.progress),
+        facts=describe_training(dataset, trainer.progress, recipe.training.monitor),
     )
     return result, of_best
 

@@ -23,7 +23,7 @@ from finetune.runs.folder import RunFolder
 from finetune.system.device import Precision
 from finetune.system.display import Advance, Display
 from finetune.system.forward import autocast
-from finetune.targets import SINGLE
+from finetune.targets import SINGLE, Monitor
 from finetune.training.state import Progress
 from finetune.training.trainer import Trainer
 from pretrained.catalog import Card
@@ -98,12 +98,12 @@ def collect_metrics(
     }
 
 
-def describe_training(dataset: Dataset, progress: Progress) -> dict[str, Any]:
+def describe_training(dataset: Dataset, progress: Progress, monitor: Monitor) -> dict[str, Any]:
     """Return the entries of ``metrics.json`` about training by epochs."""
     seconds = sum(row["seconds"] for row in progress.history)
     num_seen = len(dataset.of("train")) * progress.epoch
     return {
-        "split_chose_checkpoint": dataset.eval_split == "val",
+        "split_chose_checkpoint": dataset.eval_split == "val" and monitor != "last",
         "features": None,
         **{f"val_{name}": value for name, value in progress.best.items()},
         "best_epoch": progress.best_epoch + 1,

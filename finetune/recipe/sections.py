@@ -306,7 +306,8 @@ class TrainingSettings(Section):
     monitor: Monitor = Field(
         "score",
         description="validation metric that selects the best epoch: score (accuracy; mean average precision "
-        "of several labels; R squared of a number; at equal scores the lower loss wins), or loss",
+        "of several labels; R squared of a number; at equal scores the lower loss wins), or loss; last: the "
+        "last epoch counts, and validation images choose nothing (neither patience nor plateau then acts)",
     )
     class_weights: ClassWeights = Field(
         "none", description="balanced weights the loss by inverse class frequency, mean 1"

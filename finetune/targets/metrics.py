@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-Monitor = Literal["score", "loss"]
-"""Validation metrics that can select the best epoch; the score is named by the kind of labels."""
+Monitor = Literal["score", "loss", "last"]
+"""What selects the best epoch: a validation metric, or nothing but its number; the score is named by the kind
+of labels."""
 SCORES = ("accuracy", "map", "r2")
 """The scores of all kinds of labels."""
 TOP5_CLASSES = 6

@@ -187,9 +187,10 @@ def is_better(metrics: Mapping[str, float], best: Mapping[str, float], monitor: 
     Args:
         metrics: the score and the loss, as :meth:`Target.compute_monitored` names them.
         best: those of the best epoch.
-        monitor: ``score``: a higher score wins, and at equal scores the lower loss; ``loss``: the lower loss.
+        monitor: ``score``: a higher score wins, and at equal scores the lower loss; ``loss``: the lower loss;
+            ``last``: the later epoch.
     """
-    if not best:
+    if not best or monitor == "last":
         return True
     if monitor == "loss":
         return metrics["loss"] < best["loss"]

@@ -186,7 +186,7 @@ def mistake(load: Load, tmp_path: Path) -> Callable[..., str]:
         ),
         (
             "training: {monitor: los}",
-            "`training.monitor` is 'los'; it must be score or loss; did you mean 'loss'?",
+            "`training.monitor` is 'los'; it must be score, loss or last; did you mean 'loss'?",
         ),
         # not a recipe
         ("- a\n- b", "it is not a mapping of sections"),
