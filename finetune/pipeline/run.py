@@ -22,11 +22,12 @@ from finetune.data.dataset import PreparedDataset
 from finetune.data.prepare import check_outside, describe_data, record_split
 from finetune.data.provenance import check_seen
 from finetune.data.quality.usable import check_data
-from finetune.errors import DataError, InternalError
+from finetune.errors import DataError, InternalError, UsageError
 from finetune.evaluation.summary import JUDGES
 from finetune.exporters.folder import export_model, measure_round_trip
 from finetune.features.network import name_backbone, place_network
 from finetune.pipeline.auto import choose_strategy
+from finetune.pipeline.budget.choose import choose_by_budget, judge_choice
 from finetune.pipeline.changes import RunChanges, accept, warn_of_versions
 from finetune.pipeline.context import Clock, FitContext
 from finetune.pipeline.fit import FitResult, fit_network
@@ -106,6 +107,8 @@ def run(
     display = display or SilentDisplay()
     clock = Clock()
     with StopSignal(gentle=not distributed.is_main) as stop, translated_errors(distributed=distributed):
+        if recipe.budget is not None:
+            recipe, output = _spend_budget(recipe, output, display, clock, distributed)
         recipe, advice = distributed.share(lambda: resolve_strategy(recipe, output, display, clock))
         with clock.phase("load"):
             setup, found = prepare(recipe, display, distributed)
@@ -152,6 +155,19 @@ def run(
                 metrics = _write_results(context, result, seen, peaks) if distributed.is_main else {}
                 trackers.log_final(metrics)
                 return Run(claim.folder, metrics)
+
+
+def _spend_budget(
+    recipe: Recipe, output: Path | None, display: Display, clock: Clock, distributed: Distributed
+) -> tuple[Recipe, Path]:
+    """Return the recipe that a budget chose, and its run folder."""
+    if distributed.size > 1:
+        found = "the search measures one process"
+        raise UsageError(f"--budget {recipe.budget}", found, "Leave out --gpus and --processes.")
+    check_trackers(recipe.tracking.to)
+    check_asked(recipe)
+    with clock.phase("search"):
+        return choose_by_budget(recipe, output, display)
 
 
 def resolve_strategy(
@@ -329,6 +345,7 @@ def _write_results(
     metrics["seconds"] = clock.seconds | {"total": round(sum(clock.seconds.values()), 3)}
     write_json(folder.metrics, metrics)
     report_result(context.display, folder, metrics)
+    judge_choice(folder, metrics, context.display)
     add_report(folder, context.display)
     if folder.report.exists():
         context.display.say(f"report {folder.report}")

@@ -33,6 +33,7 @@ FLAGS = {
     "optimizer": "training.optimizer",
     "lr": "training.lr",
     "weight_decay": "training.weight_decay",
+    "budget": "budget",
     "seed": "seed",
     "device": "device",
 }
@@ -62,6 +63,7 @@ class Flags(TypedDict, total=False):
     optimizer: Optimizer | None
     lr: float | None
     weight_decay: float | None
+    budget: str | None
     seed: int | None
     device: str | None
 

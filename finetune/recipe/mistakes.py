@@ -12,7 +12,12 @@ from pydantic.fields import FieldInfo
 
 from finetune.errors import UsageError, find_nearest, suggest
 from finetune.recipe.schema import SECTIONS, Recipe
-from finetune.recipe.validators import check_ascending, check_strategy_name, list_strategy_names
+from finetune.recipe.validators import (
+    check_ascending,
+    check_duration,
+    check_strategy_name,
+    list_strategy_names,
+)
 
 MOST = 50
 """Largest number of mistakes that are described; a file with more is hardly a recipe."""
@@ -213,6 +218,8 @@ def _literals(branch: Any) -> tuple[str, ...]:
 
 
 def _describe(branch: Any, bounds: Iterable[Any]) -> tuple[str, ...]:
+    if _is_annotated(branch) and _has_validator(branch.__metadata__, check_duration):
+        return ("a duration of at least a second, such as 90s, 10m or 1h",)
     if _is_annotated(branch):
         return _describe(branch.__origin__, branch.__metadata__[0].metadata)
     if get_origin(branch) is tuple:

@@ -113,6 +113,7 @@ class ResolvedRecipe(Recipe):
     strategy: ResolvedStrategy
     training: ResolvedTraining
     cache: ResolvedCache
+    budget: None = None
     runtime: Runtime
 
 
@@ -135,6 +136,7 @@ def resolve_recipe(recipe: Recipe, facts: AutoValues) -> ResolvedRecipe:
     values = recipe.to_dict()
     for key in {*recipe.auto_keys(), "device"}:  # "cuda" becomes "cuda:0" as well
         set_dotted(values, key, decided[key])
+    values["budget"] = None  # it has chosen this recipe, or had no part in it
     return ResolvedRecipe.model_validate(validate(values).model_dump())
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from finetune.recipe.sections import (
     AdviseSettings,
@@ -20,6 +20,7 @@ from finetune.recipe.sections import (
     TrackingSettings,
     TrainingSettings,
 )
+from finetune.recipe.validators import check_duration
 from finetune.recipe.yaml import write_yaml
 
 
@@ -38,6 +39,11 @@ class Recipe(Section):
         0, ge=0, lt=2**63, description="random seed of the split, the order, the views and the new head"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    budget: Annotated[str, Field(max_length=20), AfterValidator(check_duration)] | None = Field(
+        None,
+        description="wall-clock time in which the best backbone, input size and strategy are looked for, and "
+        "the model is made (docs/budget.md); a finished run's recipe has null, and what was chosen",
+    )
     runtime: Runtime | Auto = Field(
         "auto",
         description="what computes cached features: torch, or onnxruntime on a CPU in float32; auto: "

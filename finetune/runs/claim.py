@@ -234,8 +234,9 @@ def _begin_attempt(claim: Claim, recipe: Recipe, before: Recipe | None, changed:
 
 
 def _check_empty(folder: RunFolder) -> list[Change]:
-    path, unfinished = folder.path, f".{folder.recipe.name}.part"  # left by a claim that was killed
-    others = sorted(item.name for item in path.iterdir() if item.name != unfinished)
+    path, files = folder.path, (folder.recipe, folder.budget, folder.budget_table, folder.best_recipe)
+    own = {name for file in files for name in (file.name, f".{file.name}.part")}  # .part: left by a kill
+    others = sorted(item.name for item in path.iterdir() if item.name not in own)
     if others:
         found = f"the folder holds other files ({', '.join(others[:3])}) and no run"
         raise UsageError(f"--output {path}", found, "Name a new folder.")

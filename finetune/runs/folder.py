@@ -111,6 +111,21 @@ class RunFolder:
         return self.path / "advice.json"
 
     @property
+    def budget(self) -> Path:
+        """What ``--budget`` tried, what it chose, and what that is worth."""
+        return self.path / "budget.json"
+
+    @property
+    def budget_table(self) -> Path:
+        """The candidates of ``--budget``, one row each."""
+        return self.path / "budget.csv"
+
+    @property
+    def best_recipe(self) -> Path:
+        """The recipe of the best candidate of ``--budget`` so far."""
+        return self.path / "best.yaml"
+
+    @property
     def trunk(self) -> Path:
         """Where the network is cut, so that its frozen trunk runs once."""
         return self.path / "trunk.json"

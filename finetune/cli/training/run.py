@@ -125,6 +125,14 @@ def run_command(
         bool, typer.Option("--allow-leaks", help="Continue even if copies of an image are in two splits.")
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Decoding processes.", show_default="auto")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Search for the best backbone, input size and strategy, and make the model, in this time: "
+            "90s, 10m or 1h.",
+            metavar="TIME",
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Random seed; on a CPU, the same seed gives the same bits.", show_default="0"),
@@ -201,11 +209,15 @@ def run_command(
         "optimizer": optimizer,
         "weight_decay": weight_decay,
         "lr": lr,
+        "budget": budget,
         "seed": seed,
         "device": "cuda" if gpus else device,
     }
     with handled_errors(as_json):
         settings_given = assignments or []
+        if budget and (dry_run or repeats > 1 or folds > 1):
+            flag = "--dry-run" if dry_run else "--repeats" if repeats > 1 else "--folds"
+            raise UsageError(f"--budget {flag}", "a budget is for a single run", "Drop one of the two.")
         if dry_run:
             others = {
                 "--repeats": repeats > 1,
