@@ -1,4 +1,4 @@
-"""Further results about a run, which other commands wrote into folders beside it: a forecast, an audit."""
+"""Further results about a run: what its budget tried, and a forecast and an audit in folders beside it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from finetune.plots.svg import Plot
 from finetune.report.facts import finite
 from finetune.report.images import Album, InlineImage
 from finetune.runs.folder import RunFolder
+from finetune.runs.reader import RunReader
 from finetune.system.regular_files import open_text
 
 T = TypeVar("T")
@@ -58,6 +59,31 @@ class ShownAudit:
     picture: InlineImage | None
 
 
+@dataclass(frozen=True)
+class ShownBudget:
+    """What ``--budget`` tried, and what its choice is worth.
+
+    Attributes:
+        budget: as it was given, such as ``10m``.
+        rows: candidate, images, cross-validated accuracy and seconds, formatted, those on most images first.
+        figures: name, accuracy, interval and number of images of both figures, formatted.
+        num_left: candidates that were not tried.
+    """
+
+    budget: str
+    rows: tuple[tuple[str, str, str, str], ...]
+    figures: tuple[tuple[str, str, str, str], ...]
+    num_left: int
+
+
+def find_budget(run: RunFolder) -> ShownBudget | None:
+    """Return what the budget of a run tried; None without one, or where its file is damaged."""
+    try:
+        return _show_budget(RunReader(run, tolerant=True).budget)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return None
+
+
 def find_forecast(run: RunFolder) -> ShownForecast | None:
     """Return the last forecast of a run's images beside it; None without one that can be read."""
     return _find(run, "forecast.json", _show_forecast)
@@ -84,6 +110,41 @@ def _find(run: RunFolder, name: str, show: Callable[[Path, Mapping[str, Any]], T
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             continue  # damaged, or of other data
     return None
+
+
+# --- budget --------------------------------------------------------------------------------------
+
+
+def _show_budget(facts: Mapping[str, Any]) -> ShownBudget:
+    figures, tried = facts["figures"], [row for row in facts["candidates"] if row["score"] is not None]
+    tried.sort(key=lambda row: (-row["num_images"], -row["score"]))
+    titles = {
+        f"{figures['judged']['split']} images, which chose nothing": figures["judged"],
+        f"left-out training images, best of {_number(figures['chose']['num_candidates']):.0f} candidates": (
+            figures["chose"]
+        ),
+    }
+    return ShownBudget(
+        str(facts["budget"]),
+        tuple(_show_trial(row) for row in tried),
+        tuple(_show_figure(title, figure) for title, figure in titles.items()),
+        len(facts["candidates"]) - len(tried),
+    )
+
+
+def _show_trial(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    size = row["img_size"]
+    size = "x".join(map(str, size)) if isinstance(size, list) else size
+    learns = f"{row['features']} features" if row["strategy"] == "freeze" else f"{row['strategy']}"
+    score = f"{_percent(_number(row['score']))} ± {100 * _number(row['error']):.1f}"
+    name = f"{row['backbone']}, {size} pixels, {learns}"
+    return name, f"{_number(row['num_images']):,.0f}", score, f"{_number(row['seconds']):.1f}"
+
+
+def _show_figure(title: str, figure: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    low, high = map(_number, figure["interval"])
+    images = f"{_number(figure['num_images']):,.0f}"
+    return title, _percent(_number(figure["accuracy"])), f"{_percent(low)} to {_percent(high)}", images
 
 
 # --- forecast ------------------------------------------------------------------------------------

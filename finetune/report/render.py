@@ -22,7 +22,7 @@ from finetune import __version__
 from finetune.plots.svg import Plot, load_style
 from finetune.report import sections, tables
 from finetune.report.facts import Facts
-from finetune.report.further import find_audit, find_forecast
+from finetune.report.further import find_audit, find_budget, find_forecast
 from finetune.report.images import Album, ShownMistake
 from finetune.report.next_steps import suggest_steps
 
@@ -70,6 +70,7 @@ def build_page(
             plots=drawn,
             samples=sections.show_samples(facts, album),
             mistakes=mistakes,
+            budget=find_budget(facts.folder),
             forecast=forecast,
             audit=find_audit(facts.folder, album),
             left_out=album.left_out,
