@@ -38,6 +38,7 @@ NAMES = (
     "service",
     "time_to_accuracy",
     "several_labels",
+    "budget",
     *NETWORKS,
 )
 GROUPS = {"speed": SPEED, "networks": NETWORKS}
@@ -90,7 +91,7 @@ def measure(options: argparse.Namespace, questions: list[Question]) -> None:
     source, cuda = options.data.absolute(), machine["gpu"] is not None
     bench = Bench(source, options.cache, options.threads, options.workers, options.quick, cuda)
     cases = plan(questions, bench, options.only)
-    if {"commands", "extract", "time_to_accuracy", "several_labels"} & set(options.names):
+    if {"commands", "extract", "time_to_accuracy", "several_labels", "budget"} & set(options.names):
         machine["fastai"] = read_versions(build_environment(bench.peers_folder))["fastai"]
     if options.again:
         options.results.unlink(missing_ok=True)

@@ -549,6 +549,19 @@ def test_features_are_judged(bench: Bench) -> None:
     assert {len(values) for values in draw.values()} == {9} and all(0 <= one <= 1 for one in draw["test"])
 
 
+def test_the_regret_of_a_tool_is_that_of_its_turn(tmp_path: Path) -> None:
+    results, case = Results(tmp_path / "a.jsonl"), "budget-coffee5-90"
+    for turn, (ours, peer) in enumerate([(0.9, 0.8), (0.7, 0.8)]):
+        own = {"wall": 80.0, "tried": 6, "accuracy": ours, "optimistic": 0.95}
+        results.add(Result(case, "finetune budget", turn, own))
+        other = {"wall": 99.0, "tried": 1, "accuracy": peer, "optimistic": None}
+        results.add(Result(case, "fastai", turn, other))
+    text = "\n".join(write_section(load("budget"), results))
+    row = "**finetune budget** | 80 | 6 | 80.0 ± 14.1 | 95.0 ± 0.0 | 5.0 ± 7.1 |"
+    assert f"| coffee5 | 90 | {row}" in text and f"| **all** |  | {row}" in text
+    assert "| coffee5 | 90 | fastai | 99 | 1 | 80.0 ± 0.0 | - | 5.0 ± 7.1 |" in text
+
+
 def forecast_of(name: str, truth: float, needed: list[int | None], answer: str) -> dict[str, object]:
     facts = {"set": name, "times": 2, "seen": 50, "images": 100.0, "tested": 100.0, "softmax": truth + 0.02}
     facts |= {"forecast": 0.8, "low": 0.75, "high": 0.85}
