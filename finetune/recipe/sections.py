@@ -16,7 +16,7 @@ from finetune.targets import ClassWeights, Monitor, TargetKind
 
 Auto = Literal["auto"]
 Runtime = Literal["torch", "onnxruntime"]
-HeadChoice = Literal["replace", "keep", "extend", "drop_fc"]
+HeadChoice = Literal["replace", "keep", "drop_fc"]
 Resize = Literal["crop", "squash", "pad"]
 Augmentation = Literal["none", "shift", "light", "medium", "heavy"]
 Optimizer = Literal["sgd", "adamw"]
@@ -167,7 +167,7 @@ class StrategySettings(Section):
         + "; auto: chosen from evidence (`finetune advise`)",
         json_schema_extra=lambda schema: schema.update(enum=[*list_strategy_names()]),
     )
-    head: HeadChoice = Field(
+    head: HeadChoice | Literal["extend"] = Field(
         "replace",
         description="replace: a new linear classifier; keep: the network's own classifier, for the same "
         "labels; extend: a new one that begins with the network's own rows for the classes that it knows; "
