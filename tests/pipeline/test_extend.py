@@ -66,6 +66,47 @@ def test_a_solved_run_has_the_bits_of_a_fresh_one(
     assert {*splits[1]["label"]} == {"blue", "green", "red"}
 
 
+@pytest.mark.parametrize("seed", slow_except([0], range(25)))
+def test_any_edits_end_in_the_bits_of_a_fresh_run(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Four edits, each of the run before: images and classes come and go, by adding or by replacing."""
+    chance = random.Random(seed)
+    drawn = draw_folder(tmp_path / "drawn", dict.fromkeys(("blue", "green", "red"), 14))
+    images = sorted(drawn.rglob("*.jpg"))
+
+    def arrange(name: str, files: Iterable[Path]) -> Path:
+        for file in files:
+            target = tmp_path / name / file.parent.name / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+        return tmp_path / name
+
+    own = [*images[:8], *images[14:22]]
+    ok(cli, "run", "-b", tiny, "-d", arrange("data-0", own), *SOLVED, *QUICK_RUN, "-o", tmp_path / "run-0")
+    for number in range(1, 5):
+        classes = chance.sample(("blue", "green", "red"), chance.choice([2, 3]))
+        some = [
+            one for one in images if one.parent.name in classes and (chance.random() < 0.6 or one in own[:3])
+        ]
+        replaces = chance.random() < 0.5 and {one.parent.name for one in some} >= {*classes[:2]}
+        if {*some} <= {*own} and not (replaces and {*some} < {*own}):
+            some = [*some, *[one for one in images if one not in own][:3]]
+        own = some if replaces else [*own, *some]
+        before, after = tmp_path / f"run-{number - 1}", tmp_path / f"run-{number}"
+        words = ("-d", arrange(f"data-{number}", some), *(("--replace",) if replaces else ()), "-o", after)
+        ok(cli, "extend", before, *words)
+        with monkeypatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty" / str(number)))
+            ok(cli, "run", "--recipe", after / "recipe.yaml", "-o", tmp_path / f"fresh-{number}")
+        grown, fresh = (
+            (tmp_path / f"{name}-{number}/model/model.safetensors").read_bytes() for name in ("run", "fresh")
+        )
+        assert grown == fresh
+        listed = {*pd.read_csv(after / "split.csv")["sha256"]}
+        assert listed == {sha256(file.read_bytes()).hexdigest() for file in own}
+
+
 def test_what_was_forgotten_is_shown(
     cli: Cli, tiny: Path, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
