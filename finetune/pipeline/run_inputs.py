@@ -18,7 +18,7 @@ from pretrained.catalog import Card, find_card
 
 def find_run_inputs(recipe: Recipe, display: Display) -> tuple[Dataset, Card]:
     """Return the images, and the card of the backbone for them; fetch its weights where they are not here."""
-    dataset = find_labelled(recipe, display)
+    dataset = find_run_images(recipe, display)
     card = find_card(str(recipe.backbone.name), recipe.backbone.offline)
     view = resolve_preprocessing(take_channels(recipe, dataset), card)
     card = card.with_input(view)
@@ -29,7 +29,7 @@ def find_run_inputs(recipe: Recipe, display: Display) -> tuple[Dataset, Card]:
     return dataset, card
 
 
-def find_labelled(recipe: Recipe, display: Display) -> Dataset:
+def find_run_images(recipe: Recipe, display: Display) -> Dataset:
     """Return the images of a run as its data lay them out, with labels and splits."""
     with display.count(f"reading {recipe.data.path}") as on_progress:
         path, config = Path(recipe.data.path or ""), SplitConfig.of(recipe)

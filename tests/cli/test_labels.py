@@ -326,6 +326,7 @@ def test_runs_of_two_kinds_are_not_compared(
     assert "has the score" in said.output
 
 
+@pytest.mark.slow
 def test_blocks_are_removed(run: Path, kind: str, tmp_path: Path) -> None:
     """The complete network has the error of the run."""
     invoke("explain", "ablate", run, "--workers", 0, "-o", tmp_path / "out")
@@ -363,6 +364,7 @@ def test_answers_to_changed_images_are_followed(run: Path, kind: str, tables: Pa
     assert {*table["value"]} == {"distance", {"multi": "probability", "number": "value"}[kind]}
 
 
+@pytest.mark.slow
 def test_class_images_need_classes(run: Path, kind: str, tmp_path: Path, cli: Cli) -> None:
     words = ("explain", "class", run, "--class", "red", "--seeds", 1, "-o", tmp_path / "out")
     result = cli(*words)
@@ -374,6 +376,7 @@ def test_class_images_need_classes(run: Path, kind: str, tmp_path: Path, cli: Cl
     assert row["probability"] == pytest.approx(1 / (1 + np.exp(-row["score"])), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_feature_maps_add_to_the_most_probable_output(
     run: Path, kind: str, tables: Path, tmp_path: Path
 ) -> None:
@@ -543,6 +546,7 @@ def test_several_crops_are_averaged(run: Path, kind: str, tmp_path: Path) -> Non
     assert np.isfinite(variants[{"multi": "map", "number": "r2"}[kind]]).all()
 
 
+@pytest.mark.slow
 def test_wrong_labels_of_a_run_are_suspected(kind: str, tmp_path: Path, cli: Cli) -> None:
     table_file = draw_tables(tmp_path / "tables") / f"{kind}.csv"
     table, wrong = pd.read_csv(table_file, keep_default_na=False), ["5.png", "50.png", "100.png"]

@@ -17,7 +17,7 @@ from finetune.data.split import SplitConfig
 from finetune.data.tables.config import TableConfig
 from finetune.errors import DataError
 from finetune.features.extraction import open_images
-from finetune.pipeline.run_inputs import _find_images
+from finetune.pipeline.run_inputs import find_run_images
 from finetune.recipe import load_recipe
 from finetune.system.display import SilentDisplay
 
@@ -429,7 +429,7 @@ def test_the_keys_of_the_recipe_reach_every_reader(tmp_path: Path) -> None:
     table = write(images(tmp_path, *NAMES, "masks/x0.png"), rows("f,Art,Ort", "{i},{l},q{i}"))
     data = {"path": str(table), "path_column": "f", "label_column": "Art", "suffix": ".jpg"}
     recipe = load_recipe(None, {"data": data})
-    assert_read(_find_images(recipe, SilentDisplay()))
+    assert_read(find_run_images(recipe, SilentDisplay()))
     assert_read(open_images(recipe, SilentDisplay()))
     settings = {f"data.{key}": value for key, value in data.items()}
     result = check(settings=settings, output=tmp_path / "check", display=SilentDisplay())

@@ -16,6 +16,7 @@ from PIL import Image
 from finetune.explain.commands.class_image import _Drawn, _judge, _tile
 from finetune.explain.invariance import AMOUNTS
 from tests.conftest import COLOURS, Cli, FinishedRun, MakeOnce, draw_folder
+from tests.sweeps import slow_except
 
 
 @pytest.fixture(scope="session")
@@ -178,7 +179,10 @@ def test_mistakes_are_traced_to_training_images(
     assert [one["predicted"] for one in record["answers"]] == ["green"]
 
 
-@pytest.mark.parametrize("wrong", ["trained", "no run", "other image", "data", "no mistake"])
+UNEXPLAINED = ("trained", "no run", "other image", "data", "no mistake")
+
+
+@pytest.mark.parametrize("wrong", slow_except(["trained"], UNEXPLAINED))
 def test_influence_is_refused(
     cli: Cli, finished_run: FinishedRun, image_folder: Path, tiny: Path, tmp_path: Path, wrong: str
 ) -> None:

@@ -19,7 +19,7 @@ from finetune.pipeline.budget.candidates import FINE_TUNED, find_views
 from finetune.pipeline.budget.ledger import apply_keys, describe_asked, read_ledger
 from finetune.pipeline.budget.measurer import ImageMeasurer
 from finetune.pipeline.budget.search import Search, Sizes
-from finetune.pipeline.run_inputs import find_labelled
+from finetune.pipeline.run_inputs import find_run_images
 from finetune.recipe import Recipe, StrategySettings
 from finetune.recipe.validators import parse_duration
 from finetune.runs.claim import check_name, create_folder, locked
@@ -127,7 +127,7 @@ def _search(recipe: Recipe, folder: RunFolder, began: float, display: Display) -
 
 def _read_images(recipe: Recipe, folder: RunFolder, display: Display) -> PreparedDataset:
     """Read and check the images as a run does, so that the run refuses nothing after the search."""
-    found = find_labelled(recipe, display)
+    found = find_run_images(recipe, display)
     require_classes(found, recipe)
     check_outside(folder.path, found)
     found = keep_split(found, folder, recipe)
