@@ -17,6 +17,7 @@ from finetune.runs.folder import RunFolder
 from tests.cli.test_audit import draw_grey
 from tests.conftest import QUICK_RUN, Cli
 from tests.report.test_report import sections
+from tests.sweeps import slow_except
 
 WORDS = ("--device", "cpu", "--workers", 0)
 
@@ -84,16 +85,20 @@ def test_the_last_one_counts_and_damaged_ones_are_passed_over(audited: Path, tmp
 
 def _leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     found = [path] if path else []
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in [*items][:12]:
+    if isinstance(value, dict):
+        items = list(value.items())
+    else:
+        items = list(enumerate(value))[:2] if isinstance(value, list) else []
+    for key, inner in items:
         found += _leaves(inner, (*path, key))
     return found
 
 
-@pytest.mark.parametrize("wrong", [None, "x", -1, [], {}, 1e400])
+@pytest.mark.parametrize("wrong", slow_except([None, "x"], [None, "x", -1, [], {}, 1e400]))
 @pytest.mark.parametrize("name", ["forecast", "audit"])
 def test_no_wrong_value_ends_the_report(audited: Path, tmp_path: Path, name: str, wrong: Any) -> None:
     home = copy(audited, tmp_path)
+    (home / "audit/audit.png").unlink()  # reading it takes longest
     file = home / name / f"{name}.json"
     whole = file.read_text()
     for path in _leaves(json.loads(whole)):
