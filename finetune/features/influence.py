@@ -27,7 +27,6 @@ MOST_TOGETHER = 32
 """Most images that are left out together to change the answer."""
 NUM_SOLVED = CANDIDATES + MOST_TOGETHER.bit_length()
 """Most solutions of an answer."""
-_SOLVED = 3e-7
 _MOST_STEPS, _ENOUGH = 200, 1e-6
 """Of the conjugate gradients: most steps, and the residual at which they end, as a share of the first one."""
 
@@ -75,14 +74,14 @@ class InfluenceSolver:
 
     def __init__(self, training: TrainingRows, strength: float) -> None:
         self.training, self.strength = training, strength
-        self.weights = training.minimize(SINGLE.solver, strength, _SOLVED)
+        self.weights = training.minimize(SINGLE.solver, strength)
         scores = training.matrix @ self.weights.T
         self._probabilities = to_probabilities(scores)
         truth = torch.nn.functional.one_hot(training.labels, training.num_classes)
         self._slopes = self._probabilities - truth.to(scores)
 
     def explain(
-        self, row: Tensor, answer: int, other: int, advance: Callable[[], None] = lambda: None
+        self, row: Tensor, answer: int, other: int, advance: Callable[[int], None] = lambda _: None
     ) -> Influence:
         """Return what the answer to an image depends on.
 
@@ -90,9 +89,10 @@ class InfluenceSolver:
             row: coordinates of the image (R,), as :meth:`TrainingRows.project` gives them.
             answer: the class that is predicted.
             other: the class that it is compared with: the true one, or the second most probable.
-            advance: called :data:`NUM_SOLVED` times, after each solution at most.
+            advance: called with numbers of solutions, :data:`NUM_SOLVED` in all.
         """
-        margin = self._measure(self.weights, row, answer, other)[0]
+        scores = self.weights @ row
+        margin = float(scores[answer] - scores[other])
         estimates = self.estimate(row, answer, other)
         order = estimates.argsort(stable=True)
         half = min(CANDIDATES // 2, len(order) // 2)
@@ -101,13 +101,13 @@ class InfluenceSolver:
         for image in chosen:
             weights = self._solve_without([image])
             if weights is not None:
-                value, now = self._measure(weights, row, answer, other)
-                single.append(LeftOut(image, float(estimates[image]), value - margin, now))
-            advance()
+                scores = weights @ row
+                change = float(scores[answer] - scores[other]) - margin
+                single.append(LeftOut(image, float(estimates[image]), change, _decide(scores)))
+            advance(1)
         single.sort(key=lambda one: one.change)
-        together = self._find_together(order, row, answer, other)
-        for _ in range(NUM_SOLVED - len(chosen)):
-            advance()
+        together = self._find_together(order, row, answer)
+        advance(NUM_SOLVED - len(chosen))
         return Influence(margin, tuple(single), together)
 
     def estimate(self, row: Tensor, answer: int, other: int) -> Tensor:
@@ -150,22 +150,20 @@ class InfluenceSolver:
         part = self.training.select(kept)
         if (part.labels.bincount(minlength=self.training.num_classes) == 0).any():
             return None
-        return part.minimize(SINGLE.solver, self.strength, _SOLVED, self.weights)
+        return part.minimize(SINGLE.solver, self.strength, weights=self.weights)
 
-    def _find_together(self, order: Tensor, row: Tensor, answer: int, other: int) -> tuple[int, ...]:
+    def _find_together(self, order: Tensor, row: Tensor, answer: int) -> tuple[int, ...]:
         number = 1
         while number <= min(MOST_TOGETHER, len(order) - 1):
             images = order[:number].tolist()
             weights = self._solve_without(images)
             if weights is None:
                 break
-            if self._measure(weights, row, answer, other)[1] != answer:
+            if _decide(weights @ row) != answer:
                 return tuple(images)
             number *= 2
         return ()
 
-    @staticmethod
-    def _measure(weights: Tensor, row: Tensor, answer: int, other: int) -> tuple[float, int]:
-        """Return the margin, and the class that is predicted."""
-        scores = weights @ row
-        return float(scores[answer] - scores[other]), int(decide(scores[None]))
+
+def _decide(scores: Tensor) -> int:
+    return int(decide(scores[None]))

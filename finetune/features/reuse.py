@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from finetune.runs.block_file import journal_of
-from finetune.runs.cache_dir import FeatureCacheDir
+from finetune.runs.cache_dir import CachedFile
 from finetune.runs.journal import Block, as_json, read_journal
 from finetune.system.regular_files import open_regular
 
@@ -54,19 +54,19 @@ class KnownRow(NamedTuple):
 
 
 def find_known_rows(
-    cache_dir: FeatureCacheDir,
+    files: Sequence[CachedFile],
     facts: Mapping[str, Any],
     wanted: Collection[str],
     row_bytes: int,
     stack: ExitStack,
     tell: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, KnownRow]:
-    """Return the rows of images in all files that differ from one only in their set of images, by sha256.
+    """Return the rows of images in files that may differ from a wanted one in their set of images, by sha256.
 
     Every block is compared with its sha256. A file may be removed meanwhile: it stays open.
 
     Args:
-        cache_dir: the folder of the files.
+        files: cached files; of several with an image, the first one counts.
         facts: what the wanted file is made from.
         wanted: sha256 of the images.
         row_bytes: size in bytes of a row.
@@ -74,11 +74,11 @@ def find_known_rows(
         tell: called after each file with the images found and all that are wanted.
     """
     left, found = set(wanted), dict[str, KnownRow]()
-    own, family = cache_dir.path_for(facts), _family_of(facts)
-    for cached in reversed(cache_dir.list()):  # the last used first
+    family = _family_of(facts)
+    for cached in files:
         if not left:
             break
-        if cached.path != own and _family_of(cached.facts) == family:
+        if _family_of(cached.facts) == family:
             for image, row in _read_file(cached.path, left, row_bytes, stack):
                 found[image] = row
                 left.discard(image)

@@ -133,9 +133,9 @@ class TrainingRows:
         return multiple / (self._loss(kind).initial_curvature * max(self.mean_square, _LEAST_SQUARE))
 
     def minimize(
-        self, kind: Kind, strength: float, tolerance: float, weights: Tensor | None = None
+        self, kind: Kind, strength: float, tolerance: float = _SOLVED, weights: Tensor | None = None
     ) -> Tensor:
-        """Return the optimal weights (K, R + 1) for a C."""
+        """Return the optimal weights (K, R + 1) for a C, to a tolerance, from some weights on."""
         return minimize(Objective(self.matrix, self._loss(kind), strength, self.spectrum), tolerance, weights)
 
     def _loss(self, kind: Kind) -> Loss:

@@ -198,13 +198,11 @@ class KeptRows:
         if not missing or not place.images:
             return missing, done, None
         start = done * self.batch_size
+        files, wanted = self.cache_dir.list()[::-1], place.images[start:]  # the last used first
         with self.display.count("looking for kept features") as tell:
-            for number in missing:
-                store, num_bytes = stores[number], row_bytes(stores[number].place.numel, self.dtype)
-                wanted = place.images[start:]
-                store.known = find_known_rows(
-                    self.cache_dir, store.place.facts, wanted, num_bytes, stack, tell
-                )
+            for store in (stores[number] for number in missing):
+                num_bytes = row_bytes(store.place.numel, self.dtype)
+                store.known = find_known_rows(files, store.place.facts, wanted, num_bytes, stack, tell)
         known = set.intersection(*(set(stores[number].known) for number in missing))
         new = [image for image in range(start, place.num_images) if place.images[image] not in known]
         return missing, done, new if known else None

@@ -32,7 +32,7 @@ from finetune.runs.reader import RunReader
 from finetune.system.display import Display
 from finetune.targets import Target, name_target
 
-_LABEL_COLUMNS = {"single": "label", "multi": "labels", "number": "value"}
+_COLUMNS = ("path", "label", "split")
 _SHOWN = 5
 
 
@@ -82,10 +82,9 @@ def plan_extension(run: Path, data: str, replaces: bool, output: Path, display: 
     table = output.with_name(f"{output.name}.csv").absolute()
     create_folder(table.parent)
     root = Path(os.path.commonpath([image.file.parent for image in grown]))
-    column = _LABEL_COLUMNS[target.kind]
     rows = [(image.file.relative_to(root).as_posix(), image.label, image.split) for image in grown]
-    write_csv(table, rows, ("path", column, "split"))
-    own = {"path": str(table), "image_root": str(root), "label_column": column, "target": target.kind}
+    write_csv(table, rows, _COLUMNS)
+    own = {"path": str(table), "image_root": str(root), "label_column": _COLUMNS[1], "target": target.kind}
     return _to_recipe(run, began, own, is_solved)
 
 
@@ -300,6 +299,7 @@ def _to_recipe(run: Path, began: Recipe, data: Mapping[str, Any], is_solved: boo
     own |= {"data.label_separator": None, "data.group_by": None, "device": "auto"}
     if not is_solved:
         own |= {"backbone.name": str(run), "backbone.weights": None, "strategy.head": "extend"}
+        own |= {"strategy.probe_first": False}  # the head begins with the rows of the run
         if began.strategy.starts_random:
             own |= {"strategy.name": "full"}
     return load_recipe(began, own)

@@ -14,6 +14,7 @@ from finetune.plots.learning_curve import CurvePoint, LearningCurvePlot, draw_le
 from finetune.plots.svg import Plot
 from finetune.report.facts import finite
 from finetune.report.images import Album, InlineImage
+from finetune.report.sections import percent
 from finetune.runs.folder import RunFolder
 from finetune.runs.reader import RunReader
 from finetune.system.regular_files import open_text
@@ -136,7 +137,7 @@ def _show_trial(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
     size = row["img_size"]
     size = "x".join(map(str, size)) if isinstance(size, list) else size
     learns = f"{row['features']} features" if row["strategy"] == "freeze" else f"{row['strategy']}"
-    score = f"{_percent(_number(row['score']))} ± {100 * _number(row['error']):.1f}"
+    score = f"{percent(_number(row['score']))} ± {100 * _number(row['error']):.1f}"
     name = f"{row['backbone']}, {size} pixels, {learns}"
     return name, f"{_number(row['num_images']):,.0f}", score, f"{_number(row['seconds']):.1f}"
 
@@ -144,7 +145,7 @@ def _show_trial(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
 def _show_figure(title: str, figure: Mapping[str, Any]) -> tuple[str, str, str, str]:
     low, high = map(_number, figure["interval"])
     images = f"{_number(figure['num_images']):,.0f}"
-    return title, _percent(_number(figure["accuracy"])), f"{_percent(low)} to {_percent(high)}", images
+    return title, percent(_number(figure["accuracy"])), f"{percent(low)} to {percent(high)}", images
 
 
 # --- forecast ------------------------------------------------------------------------------------
@@ -162,14 +163,14 @@ def _show_forecast(path: Path, facts: Mapping[str, Any]) -> ShownForecast:
         (
             f"{_number(fact['times']):g}x",
             f"{point.images:,}",
-            _percent(point.accuracy) if fact["can_say"] is True else "cannot say",
-            f"{_percent(point.low)} to {_percent(point.high)}",
+            percent(point.accuracy) if fact["can_say"] is True else "cannot say",
+            f"{percent(point.low)} to {percent(point.high)}",
         )
         for fact, point in zip(facts["forecast"], forecast, strict=True)
     )
     limit = {key: _number(facts["limit"][key]) for key in ("accuracy", "low", "high")}
-    ends = f"{_percent(limit['low'])} to {_percent(limit['high'])}"
-    said = [f"With any number of images: {_percent(limit['accuracy'])} ({ends})."]
+    ends = f"{percent(limit['low'])} to {percent(limit['high'])}"
+    said = [f"With any number of images: {percent(limit['accuracy'])} ({ends})."]
     said += [] if requirement is None else [f"{requirement['said']}."]
     return ShownForecast(path.name, plot, rows, tuple(said))
 
@@ -187,11 +188,11 @@ def _to_point(point: Mapping[str, Any]) -> CurvePoint:
 def _show_audit(path: Path, facts: Mapping[str, Any], album: Album) -> ShownAudit:
     own, tests = facts["independence"], facts["tests"]
     low, high = map(_number, own["interval"])
-    together, alone = (_percent(_number(own[f"accuracy_{name}"])) for name in ("groups", "images"))
+    together, alone = (percent(_number(own[f"accuracy_{name}"])) for name in ("groups", "images"))
     said = (
         f"Of {_number(own['num_images']):,.0f} training images {_number(own['num_groups']):,.0f} are "
         f"independent. A linear classifier on whole images has an accuracy of {together} with look-alikes "
-        f"left out together ({_percent(low)} to {_percent(high)}), and of {alone} with each image left out "
+        f"left out together ({percent(low)} to {percent(high)}), and of {alone} with each image left out "
         "alone."
     )
     alarms = tuple(
@@ -209,8 +210,8 @@ def _show_audit(path: Path, facts: Mapping[str, Any], album: Album) -> ShownAudi
 
 def _show_test(test: Mapping[str, Any]) -> tuple[str, str, str, str]:
     low, high = map(_number, test["interval"])
-    accuracy = f"{_percent(_number(test['accuracy']))} ({_percent(low)} to {_percent(high)})"
-    chance, p = _percent(_number(test["chance"])), f"{_number(test['p_holm']):.3f}"
+    accuracy = f"{percent(_number(test['accuracy']))} ({percent(low)} to {percent(high)})"
+    chance, p = percent(_number(test["chance"])), f"{_number(test['p_holm']):.3f}"
     return str(test["title"]), accuracy, chance, p
 
 
@@ -228,7 +229,3 @@ def _number(value: Any) -> float:
     if number is None:
         raise ValueError(f"{value!r} is no number")
     return number
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +180,9 @@ def _explain(
             answer, label = (dataset.classes.index(name) for name in (row.predicted, row.label))
             second = next(index for index in rank_classes(scores.cpu().numpy(), 2) if index != answer)
             other = label if label != answer else second
-            found = solver.explain(coordinates, answer, other, partial(advance, 1, row.path))
+            found = solver.explain(
+                coordinates, answer, other, lambda number, path=row.path: advance(number, path)
+            )
             explained.append(_Explained(row, dataset.classes[other], found))
     return explained
 
