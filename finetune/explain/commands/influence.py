@@ -180,9 +180,7 @@ def _explain(
             answer, label = (dataset.classes.index(name) for name in (row.predicted, row.label))
             second = next(index for index in rank_classes(scores.cpu().numpy(), 2) if index != answer)
             other = label if label != answer else second
-            found = solver.explain(
-                coordinates, answer, other, lambda number, path=row.path: advance(number, path)
-            )
+            found = solver.explain(coordinates, answer, other, lambda number: advance(number, ""))
             explained.append(_Explained(row, dataset.classes[other], found))
     return explained
 
